@@ -6,7 +6,7 @@ H width of a row · I width of an expert · M rows of the first matrix: 2I (gate
 """
 
 from expertd.core.activation import Activation, ActivationKind
-from expertd.core.call import CallForm, ForwardCall, ForwardResult, RoutingForm
+from expertd.core.call import CallForm, RoutingForm
 from expertd.core.layer import LayerSpec, PlanMode
 from expertd.core.quant import QuantScheme
 from expertd.core.routing import RoutingMethod, RoutingSpec
@@ -15,8 +15,6 @@ __all__ = [
     "Activation",
     "ActivationKind",
     "CallForm",
-    "ForwardCall",
-    "ForwardResult",
     "LayerSpec",
     "PlanMode",
     "QuantScheme",
