@@ -48,12 +48,12 @@ def decode_forward_reply(data: bytes) -> ForwardReply:
 
 
 def encode_forward_call(call: ForwardCall) -> bytes:
-    """The bytes of a ForwardRequest; raises WireError for an integer or a text that cannot travel."""
+    """The bytes of a ForwardRequest; raises WireError for a value that cannot travel."""
     return _encode(call, _CALL_ROWS)
 
 
 def encode_forward_reply(reply: ForwardReply) -> bytes:
-    """The bytes of a ForwardReply; raises WireError for an integer or a text that cannot travel."""
+    """The bytes of a ForwardReply; raises WireError for a value that cannot travel."""
     return _encode(reply, _REPLY_ROWS)
 
 

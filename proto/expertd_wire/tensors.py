@@ -70,7 +70,7 @@ def element_count(name: str, shape: Sequence[int]) -> int:
 
 
 def from_numpy(array: NDArray[Any]) -> WireTensor:
-    """A view of array's bytes (copied only if it is not row-major); raises WireError for its dtype."""
+    """A view of array's bytes, a copy if they are not row-major; raises WireError for its dtype."""
     name = array.dtype.name
     if name not in DTYPES:
         raise WireError(f"dtype {name!r} cannot travel; use one of {', '.join(DTYPES)}")
