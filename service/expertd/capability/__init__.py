@@ -1,0 +1,1 @@
+"""What can run where: every claim a row of data, every refusal a list of reasons."""
