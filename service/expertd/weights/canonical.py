@@ -2,18 +2,20 @@
 
 The first matrix holds [up; gate] (up alone when not gated), K is contiguous, P is 2 (gated) or 1.
 
-quant         w13 [L, M, H], w2 [L, H, I]      scale13, scale2                             global13, global2
-bf16/16/32    that dtype                       -                                           -
-fp8_tensor    float8_e4m3fn                    float32 [L, P] (up, gate), [L, 1]           -
-fp8_channel   float8_e4m3fn                    float32 [L, M], [L, H]                      -
-fp8_block128  float8_e4m3fn                    float32 [L, P*ceil(I/128), ceil(H/128)],    -
-                                                 [L, ceil(H/128), ceil(I/128)]
-mxfp8         float8_e4m3fn                    uint8 e8m0 [L, M, H/32], [L, H, I/32]       -
-nvfp4         uint8, two e2m1 a byte,          float8_e4m3fn [L, M, H/16], [L, H, I/16]    float32 [L, P], [L, 1]
-                low nibble first
-mxfp4         uint8, as nvfp4                  uint8 e8m0 [L, M, H/32], [L, H, I/32]       -
-mxint4        uint8, two signed 4-bit values   bfloat16 [L, M, H/32], [L, H, I/32]         -
-                a byte, low nibble first
+quant         w13 [L, M, H], w2 [L, H, I]  scale13, scale2                        global13, global2
+bf16/16/32    that dtype                   -                                      -
+fp8_tensor    float8_e4m3fn                float32 [L, P] (up, gate), [L, 1]      -
+fp8_channel   float8_e4m3fn                float32 [L, M], [L, H]                 -
+fp8_block128  float8_e4m3fn                float32                                -
+                                             [L, P*ceil(I/128), ceil(H/128)],
+                                             [L, ceil(H/128), ceil(I/128)]
+mxfp8         float8_e4m3fn                uint8 e8m0 [L, M, H/32], [L, H, I/32]  -
+nvfp4         uint8, two e2m1 a byte,      float8_e4m3fn                          float32
+                low nibble first             [L, M, H/16], [L, H, I/16]             [L, P], [L, 1]
+mxfp4         uint8, as nvfp4              uint8 e8m0 [L, M, H/32], [L, H, I/32]  -
+mxint4        uint8, two signed 4-bit      bfloat16 [L, M, H/32], [L, H, I/32]    -
+                values a byte, low
+                nibble first
 
 All scales multiply. Blocks of fp8_block128 never straddle the up and the gate half: each half has
 ceil(I/128) scale rows of its own. input13 and input2 [L] float32 are the static activation scales

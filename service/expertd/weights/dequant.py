@@ -1,0 +1,116 @@
+"""Stored weights → the numbers they mean, in float32 on their own device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from expertd.core import QuantScheme
+from expertd.weights.canonical import ExpertWeights
+from expertd.weights.matrix import Matrix, first_matrices, second_matrix
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of e2m1 by their three lower bits; the fourth is the sign."""
+
+
+def dequantize(weights: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]:
+    """The expert in slot `expert` as float32: w13 [M, H] ([up; gate]) and w2 [H, I]."""
+    return dequantize_to(weights, expert, torch.float32)
+
+
+def dequantize_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As dequantize, rounded once to dtype; plain weights of that dtype come as views."""
+    if weights.w13.dtype == dtype:
+        return weights.w13[expert], weights.w2[expert]
+    up_gate = [dequantize_matrix(half).to(dtype) for half in first_matrices(weights, expert)]
+    return torch.cat(up_gate), dequantize_matrix(second_matrix(weights, expert)).to(dtype)
+
+
+def dequantize_matrix(matrix: Matrix) -> Tensor:
+    """The matrix [N, K] in float32."""
+    return _DEQUANTIZERS[matrix.quant](matrix)
+
+
+def _plain(matrix: Matrix) -> Tensor:
+    return matrix.codes.float()
+
+
+def _rowwise(matrix: Matrix) -> Tensor:
+    """One scale for the matrix ([1]) or for each row ([N])."""
+    return matrix.codes.float() * _scale(matrix)[:, None]
+
+
+def _blocks128(matrix: Matrix) -> Tensor:
+    """One scale for each 128x128 block; the last blocks may be cut short."""
+    n, k = matrix.codes.shape
+    scale = _scale(matrix).repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    return matrix.codes.float() * scale
+
+
+def _grouped(values: Tensor, scale: Tensor) -> Tensor:
+    """values [N, K] times scale [N, K/G], each scale for G neighbours in a row."""
+    n, groups = scale.shape
+    return (values.view(n, groups, -1) * scale[:, :, None]).view(n, -1)
+
+
+def _mxfp8(matrix: Matrix) -> Tensor:
+    return _grouped(matrix.codes.float(), e8m0_to_float(_scale(matrix)))
+
+
+def _mxfp4(matrix: Matrix) -> Tensor:
+    return _grouped(e2m1_to_float(matrix.codes), e8m0_to_float(_scale(matrix)))
+
+
+def _nvfp4(matrix: Matrix) -> Tensor:
+    assert matrix.global_scale is not None
+    scale = _scale(matrix).float() * matrix.global_scale
+    return _grouped(e2m1_to_float(matrix.codes), scale)
+
+
+def _mxint4(matrix: Matrix) -> Tensor:
+    return _grouped(int4_to_float(matrix.codes), _scale(matrix).float())
+
+
+def _scale(matrix: Matrix) -> Tensor:
+    assert matrix.scale is not None
+    return matrix.scale
+
+
+def e8m0_to_float(bits: Tensor) -> Tensor:
+    """2 ** (bits - 127), exactly; 255 is NaN."""
+    powers = torch.ldexp(torch.ones((), device=bits.device), bits.int() - 127)
+    return powers.masked_fill(bits == 255, float("nan"))
+
+
+def nibbles(packed: Tensor) -> Tensor:
+    """Bytes [N, K/2] → values 0..15 [N, K], the low nibble first."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
+def e2m1_to_float(packed: Tensor) -> Tensor:
+    """Packed e2m1 [N, K/2] → float32 [N, K]."""
+    values = E2M1 + tuple(-value for value in E2M1)
+    table = torch.tensor(values, dtype=torch.float32, device=packed.device)
+    return table[nibbles(packed).int()]
+
+
+def int4_to_float(packed: Tensor) -> Tensor:
+    """Packed signed 4-bit values [N, K/2] → float32 [N, K]."""
+    values = nibbles(packed).float()
+    return values - 16.0 * (values > 7)
+
+
+_DEQUANTIZERS: dict[QuantScheme, Callable[[Matrix], Tensor]] = {
+    QuantScheme.FP32: _plain,
+    QuantScheme.BF16: _plain,
+    QuantScheme.FP16: _plain,
+    QuantScheme.FP8_TENSOR: _rowwise,
+    QuantScheme.FP8_CHANNEL: _rowwise,
+    QuantScheme.FP8_BLOCK128: _blocks128,
+    QuantScheme.MXFP8: _mxfp8,
+    QuantScheme.NVFP4: _nvfp4,
+    QuantScheme.MXFP4: _mxfp4,
+    QuantScheme.MXINT4: _mxint4,
+}
