@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from expertd.capability.device import DeviceInfo, detect, simulated
+from expertd.capability.match import layer_refusals
 from expertd.capability.plan import plan
 from expertd.capability.row import State
 from expertd.capability.rows import ROWS
@@ -119,3 +120,8 @@ def test_planning_on_cpu_imports_no_torch() -> None:
         "detect('cpu'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_layer_refusals_ask_nothing_of_a_call() -> None:
+    accepting = [row.backend for row in ROWS if not layer_refusals(row, SPEC, CPU)]
+    assert accepting == ["grouped", "reference"]
