@@ -80,8 +80,9 @@ def _scale(matrix: Matrix) -> Tensor:
 
 def e8m0_to_float(bits: Tensor) -> Tensor:
     """2 ** (bits - 127), exactly; 255 is NaN."""
-    powers = torch.ldexp(torch.ones((), device=bits.device), bits.int() - 127)
-    return powers.masked_fill(bits == 255, float("nan"))
+    as_float32 = bits.int() << 23  # the exponent's place; 0 and 255 need their own patterns
+    as_float32 = as_float32.masked_fill(bits == 0, 1 << 22).masked_fill(bits == 255, 0x7FC00000)
+    return as_float32.view(torch.float32)
 
 
 def nibbles(packed: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from expertd.weights.canonical import ExpertWeights
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.convert import CONVERTERS
 from expertd.weights.layers import Model
-from expertd.weights.matrix import Matrix, place
+from expertd.weights.matrix import Matrix, allocate, place
 from expertd.weights.source import Source, Stored, locate
-from expertd.weights.storage import layer_parts
 
 
 def load_layer(
@@ -34,15 +33,6 @@ def load_layer(
         down = _parts(source, second)
         _place(source, weights, slot, up_gate, down)
     return weights, correction_bias(model, layer, spec, device)
-
-
-def allocate(spec: LayerSpec, device: torch.device | str) -> ExpertWeights:
-    """Uninitialised canonical tensors for a layer."""
-    tensors = {
-        field: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-        for field, (dtype, shape) in layer_parts(spec).items()
-    }
-    return ExpertWeights(spec.quant, **tensors)
 
 
 def correction_bias(

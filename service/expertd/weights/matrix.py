@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertd.core import QuantScheme
+from expertd.core import LayerSpec, QuantScheme
 from expertd.weights.canonical import ExpertWeights
-from expertd.weights.storage import FIELDS, STORAGE
+from expertd.weights.storage import FIELDS, STORAGE, layer_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,15 @@ class Matrix:
         """The parts that are present, by name."""
         named = ((part, getattr(self, part)) for part in FIELDS)
         return {part: tensor for part, tensor in named if tensor is not None}
+
+
+def allocate(spec: LayerSpec, device: torch.device | str) -> ExpertWeights:
+    """Uninitialised canonical tensors for a layer."""
+    tensors = {
+        field: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for field, (dtype, shape) in layer_parts(spec).items()
+    }
+    return ExpertWeights(spec.quant, **tensors)
 
 
 def halves_of(weights: ExpertWeights) -> int:
