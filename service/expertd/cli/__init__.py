@@ -1,0 +1,66 @@
+"""The command line: each command is a module with add_arguments(parser) and run(args) -> int.
+
+Exit codes: 0 ok, 1 failed or different, 2 usage or bad config, 3 no plan, 70 sticky CUDA error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from expertd import __version__
+from expertd.errors import ExpertdError, InvalidArgument
+
+
+class Command(NamedTuple):
+    """A command, the module that runs it, and what it is for; imported only when it is called."""
+
+    name: str
+    module: str
+    help: str
+
+
+COMMANDS: tuple[Command, ...] = (
+    Command("serve", "expertd.cli.serve", "serve experts over gRPC and HTTP"),
+    Command("call", "expertd.cli.call", "send one call to a server and show what came back"),
+    Command("health", "expertd.cli.health", "exit 0 if a server is ready, else 1"),
+    Command(
+        "explain", "expertd.cli.explain", "which kernels can run a layer, and why others cannot"
+    ),
+    Command("capabilities", "expertd.cli.capabilities", "every kernel cell with its state"),
+    Command("demo-model", "expertd.cli.demo_model", "write a small made-up checkpoint"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; our errors become a line on stderr and an exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _parser(argv).parse_args(argv)
+        return int(args.run(args))
+    except InvalidArgument as error:
+        print(f"expertd: {error}", file=sys.stderr)
+        return 2
+    except ExpertdError as error:
+        print(f"expertd: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="expertd", description="The routed experts of MoE models."
+    )
+    parser.add_argument("--version", action="version", version=f"expertd {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.help, description=command.help)
+        if argv and argv[0] == command.name:
+            module = importlib.import_module(command.module)
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return parser

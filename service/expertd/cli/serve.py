@@ -1,0 +1,79 @@
+"""expertd serve: run the server until a signal asks it to drain."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from expertd.config import Resolved, Settings, add_flags, resolve
+
+if TYPE_CHECKING:
+    from expertd.app import Addresses
+
+SNIPPET = """\
+from expertd_client import Client
+import numpy as np
+with Client("{grpc}") as client:
+    layer = client.layers()[0]
+    rows = np.random.randn(4, layer.hidden).astype(np.float32)
+    logits = np.random.randn(4, layer.num_experts).astype(np.float32)
+    print(client.forward(layer.model, layer.layer, rows, router_logits=logits))
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_flags(parser)
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every setting and its origin, then exit"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    resolved = resolve(args, os.environ)
+    if args.print_config:
+        return _print_config(resolved)
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Compute threads must not spin while they wait; libgomp reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return serve(resolved.settings)
+
+
+def serve(settings: Settings) -> int:
+    """Runs until SIGINT or SIGTERM; 0 after a complete drain, 1 if a layer or the engine failed."""
+    from expertd.app import App, check_settings
+
+    check_settings(settings)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    app = App(settings)
+    addresses = app.start()
+    if app.wait_ready(stop):
+        _announce(settings, addresses)
+    elif not stop.is_set():
+        print("expertd: not every layer is ready; /readyz says why", file=sys.stderr)
+    stop.wait()
+    drained = app.stop()
+    return 0 if drained and app.engine.healthy else 1
+
+
+def _announce(settings: Settings, addresses: Addresses) -> None:
+    if settings.announce == "json":
+        print(json.dumps(addresses._asdict()), flush=True)
+        return
+    print(f"expertd is ready: HTTP http://{addresses.http} · gRPC {addresses.grpc}")
+    print("Try it:\n")
+    print(SNIPPET.format(grpc=addresses.grpc), flush=True)
+
+
+def _print_config(resolved: Resolved) -> int:
+    for name, origin in resolved.origins.items():
+        value = getattr(resolved.settings, name)
+        print(f"{name} = {json.dumps(value)}  # {origin}")
+    return 0

@@ -1,0 +1,230 @@
+"""Settings: flags > EXPERTD_* > TOML > defaults, resolved once; nothing else reads the environment.
+
+Each setting is one row of SETTINGS: its flag, its variable and its TOML key follow from its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from expertd.errors import InvalidArgument
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+class Named(NamedTuple):
+    """A NAME=VALUE setting."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: parse takes one text; a repeated setting is a tuple of what parse makes."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: Any
+    help: str
+    metavar: str = ""
+    repeated: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "EXPERTD_" + self.name.upper()
+
+
+def parse_named(text: str) -> Named:
+    name, separator, value = text.partition("=")
+    if not (separator and name and value):
+        raise ValueError("NAME=VALUE is accepted")
+    return Named(name, value)
+
+
+def parse_identity(text: str) -> Named:
+    named = parse_named(text)
+    if not named.value.isdecimal() or not 1 <= int(named.value) <= 1 << 20:
+        raise ValueError("NAME=HIDDEN is accepted, HIDDEN a whole number from 1 to 1048576")
+    return named
+
+
+def parse_ranges(text: str) -> Ranges:
+    """Inclusive ranges such as 3-10,12."""
+    return tuple(parse_range(part) for part in text.split(","))
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """An inclusive range such as 0-63, or one number."""
+    first, separator, last = text.strip().partition("-")
+    last = last if separator else first
+    if not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
+        raise ValueError("a number or an inclusive range such as 3-10 is accepted")
+    return int(first), int(last)
+
+
+def parse_flag(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in values:
+        raise ValueError("true or false is accepted")
+    return values[text.lower()]
+
+
+def number(least: float, most: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """A parser of numbers within bounds."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not least <= value <= most:
+            raise ValueError(f"{least} to {most} is accepted")
+        return value
+
+    return parse
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A parser of one of these names."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"accepted: {', '.join(names)}")
+        return text
+
+    return parse
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("model", parse_named, (), "serve the checkpoint in PATH as NAME", "NAME=PATH", True),
+    Setting("demo", parse_flag, False, "serve a small made-up checkpoint as model demo"),
+    Setting(
+        "identity", parse_identity, (), "serve a layer that copies its rows", "NAME=HIDDEN", True
+    ),
+    Setting("layers", parse_ranges, None, "load only these layers of each model", "3-10,12"),
+    Setting("experts", parse_range, None, "load only these experts of each layer", "0-63"),
+    Setting("device", str, "auto", "where the experts run", "auto|cpu|cuda:N"),
+    Setting("backend", str, "auto", "run every call on this backend", "auto|NAME"),
+    Setting("host", str, "127.0.0.1", "the address to listen on", "ADDRESS"),
+    Setting("http_port", number(0, 65535), 8000, "HTTP port, 0 chooses one", "PORT"),
+    Setting("grpc_port", number(0, 65535), 8001, "gRPC port, 0 chooses one", "PORT"),
+    Setting("announce", one_of("text", "json"), "text", "what to print when ready", "text|json"),
+    Setting("drain_seconds", number(0, 3600, float), 30.0, "how long a drain may take", "SECONDS"),
+    Setting("max_message_bytes", number(1 << 10, 1 << 31), 256 << 20, "largest request", "BYTES"),
+    Setting("max_call_tokens", number(1, 1 << 24), 65536, "most rows of one call", "ROWS"),
+    Setting("max_batch_tokens", number(1, 1 << 24), 8192, "most rows of one launch", "ROWS"),
+    Setting("max_queued_tokens", number(1, 1 << 30), 65536, "most rows that wait", "ROWS"),
+    Setting("max_queued_bytes", number(1 << 10, 1 << 40), 1 << 30, "most bytes that wait", "BYTES"),
+    Setting("max_concurrent_calls", number(1, 4096), 128, "most gRPC calls at once", "CALLS"),
+    Setting("threads", number(0, 1024), 0, "CPU threads that compute, 0: cores - 1", "THREADS"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every setting's value; fields are the names in SETTINGS."""
+
+    model: tuple[Named, ...]
+    demo: bool
+    identity: tuple[Named, ...]
+    layers: Ranges | None
+    experts: tuple[int, int] | None
+    device: str
+    backend: str
+    host: str
+    http_port: int
+    grpc_port: int
+    announce: str
+    drain_seconds: float
+    max_message_bytes: int
+    max_call_tokens: int
+    max_batch_tokens: int
+    max_queued_tokens: int
+    max_queued_bytes: int
+    max_concurrent_calls: int
+    threads: int
+
+
+class Resolved(NamedTuple):
+    """The settings, and for each where its value came from."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per setting, and --config."""
+    for setting in SETTINGS:
+        shape: dict[str, Any] = {"metavar": setting.metavar}
+        if setting.repeated:
+            shape["action"] = "append"
+        if setting.parse is parse_flag:
+            shape = {"action": "store_const", "const": "true"}
+        shown = "" if setting.default in (None, (), False) else f" (default {setting.default})"
+        parser.add_argument(setting.flag, help=setting.help + shown, default=None, **shape)
+    parser.add_argument("--config", metavar="FILE", help="a TOML file of settings", default=None)
+
+
+def resolve(flags: argparse.Namespace, environment: Mapping[str, str]) -> Resolved:
+    """The settings from all sources; raises InvalidArgument naming the setting and its source."""
+    path = flags.config or environment.get("EXPERTD_CONFIG")
+    table = _read_toml(Path(path)) if path else {}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for setting in SETTINGS:
+        given, origin = _find(setting, flags, environment, table, path)
+        values[setting.name] = setting.default if given is None else _parse(setting, given, origin)
+        origins[setting.name] = origin
+    return Resolved(Settings(**values), origins)
+
+
+def _find(
+    setting: Setting,
+    flags: argparse.Namespace,
+    environment: Mapping[str, str],
+    table: Mapping[str, Any],
+    path: str | None,
+) -> tuple[Sequence[str] | None, str]:
+    """The texts given by the first source that has the setting, and that source's name."""
+    if (given := getattr(flags, setting.name)) is not None:
+        return (given if setting.repeated else [given]), f"flag {setting.flag}"
+    if (text := environment.get(setting.variable)) is not None:
+        return (text.split(",") if setting.repeated else [text]), f"variable {setting.variable}"
+    if setting.name in table:
+        value = table[setting.name]
+        listed = value if isinstance(value, list) else [value]
+        return [_toml_text(item) for item in listed], f"{setting.name} in {path}"
+    return None, "default"
+
+
+def _toml_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _parse(setting: Setting, texts: Sequence[str], origin: str) -> Any:
+    try:
+        parsed = tuple(setting.parse(text) for text in texts)
+    except ValueError as error:
+        raise InvalidArgument(f"{origin}: {', '.join(texts)[:200]!r} given; {error}") from None
+    if not setting.repeated and len(parsed) != 1:
+        raise InvalidArgument(f"{origin}: one value is accepted")
+    return parsed if setting.repeated else parsed[0]
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InvalidArgument(f"--config {path}: {error}") from None
+    known = {setting.name for setting in SETTINGS}
+    if unknown := sorted(set(table) - known):
+        accepted = ", ".join(sorted(known))
+        raise InvalidArgument(f"--config {path}: unknown settings {unknown}; accepted: {accepted}")
+    return table

@@ -1,0 +1,111 @@
+"""The engine as carriers see it: submit a call, get a future; drain; is it well?"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from expertd.capability.row import Row
+from expertd.core import CallForm
+from expertd.engine.admission import admit
+from expertd.engine.batcher import Batcher, Budget, unavailable
+from expertd.engine.choice import choose_backend
+from expertd.engine.executor import Executor
+from expertd.engine.observer import Observer
+from expertd.engine.resident import Resident, Residents
+from expertd.engine.ticket import Ticket
+from expertd_wire.messages import ForwardCall, ForwardReply
+from expertd_wire.tensors import WireTensor
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What one call and the queue may hold; pin is the backend of calls that name none."""
+
+    max_call_tokens: int = 65536
+    pin: str = ""
+    budget: Budget = Budget()
+
+
+class Engine:
+    """Owns the queue and the device thread of one process."""
+
+    def __init__(
+        self, residents: Residents, device: torch.device, options: EngineOptions, observer: Observer
+    ) -> None:
+        self.residents = residents
+        self._options = options
+        self._batcher = Batcher(options.budget, observer)
+        self._executor = Executor(self._batcher, device, observer)
+        self._draining = False
+
+    def start(self) -> None:
+        self._executor.start()
+
+    def submit(self, call: ForwardCall, carrier: str, deadline: float | None) -> Ticket:
+        """Admits and queues a call; its future gets the reply or one of our errors.
+
+        Raises whatever can be told at once: NotFound, Unavailable, InvalidArgument, NoUsablePlan,
+        Overloaded. deadline is a time.monotonic().
+        """
+        resident = self.residents.get(call.model, call.layer)
+        resident.require_ready()
+        form = admit(resident.spec, call, self._options.max_call_tokens, self._pin_for(resident))
+        backend = choose_backend(resident, form)
+        ticket = _ticket(call, resident, form, deadline, carrier)
+        if ticket.tokens == 0:
+            ticket.future.set_result(_empty_reply(ticket, backend.row))
+        else:
+            self._batcher.submit(ticket)
+        return ticket
+
+    def _pin_for(self, resident: Resident) -> str:
+        return self._options.pin if resident.spec.num_experts else ""
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Takes a call back whose caller has left."""
+        self._batcher.cancel(ticket)
+
+    @property
+    def healthy(self) -> bool:
+        return not self._executor.failed
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def missing(self) -> list[str]:
+        """What keeps this process from being ready; empty when it is."""
+        if not self.healthy:
+            return ["the executor died; restart this process"]
+        return (["draining"] if self._draining else []) + self.residents.missing()
+
+    def drain(self, seconds: float) -> bool:
+        """Refuses new calls and waits for the accepted ones; True if all were answered in time."""
+        self._draining = True
+        self._batcher.close(unavailable("draining"))
+        return self._executor.join(seconds)
+
+
+def _ticket(
+    call: ForwardCall, resident: Resident, form: CallForm, deadline: float | None, carrier: str
+) -> Ticket:
+    tensors = (
+        call.hidden_states,
+        call.hidden_states_scale,
+        call.router_logits,
+        call.topk_ids,
+        call.topk_weights,
+    )
+    assert call.hidden_states is not None, "admit() has seen it"
+    nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    return Ticket(call, resident, form, call.hidden_states.shape[0], nbytes, deadline, carrier)
+
+
+def _empty_reply(ticket: Ticket, row: Row) -> ForwardReply:
+    output = WireTensor(ticket.form.reply_dtype, (0, ticket.resident.spec.hidden), memoryview(b""))
+    waited = time.monotonic_ns() - ticket.arrived_ns
+    request_id = ticket.call.request_id
+    return ForwardReply(output, row.backend, row.mode, row.entry, waited, 0, 0, request_id)

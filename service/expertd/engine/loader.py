@@ -1,0 +1,129 @@
+"""Loads layers in a thread of its own, while other layers serve."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from expertd.backends.base import Backend
+from expertd.capability.device import DeviceInfo
+from expertd.capability.match import layer_refusals
+from expertd.capability.row import Row
+from expertd.capability.rows import ROWS
+from expertd.core import Activation, ActivationKind, LayerSpec, QuantScheme
+from expertd.engine.resident import LayerState, Resident, Residents
+from expertd.errors import ExpertdError
+from expertd.weights.checkpoint import Checkpoint
+from expertd.weights.digest import weights_digest
+from expertd.weights.layers import layer_specs
+from expertd.weights.load import load_layer
+
+log = logging.getLogger(__name__)
+
+IDENTITY_LAYER = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that the operator configured: a checkpoint's directory and what to load of it."""
+
+    name: str
+    path: Path
+    layers: frozenset[int] | None = None
+    experts: tuple[int, int] | None = None
+
+
+class Loader:
+    """Fills Residents from checkpoints; a layer that fails says why and leaves the others alone."""
+
+    def __init__(
+        self, residents: Residents, device: DeviceInfo, torch_device: torch.device
+    ) -> None:
+        self._residents = residents
+        self._device = device
+        self._torch_device = torch_device
+
+    def add_identity(self, name: str, hidden: int) -> None:
+        """Serves the identity layer as layer 0 of a model."""
+        resident = Resident(name, IDENTITY_LAYER, identity_spec(hidden), self._device)
+        self._build_backends(resident)
+        resident.generation, resident.state = 1, LayerState.READY
+        self._residents.add(resident)
+
+    def announce(self, source: ModelSource) -> list[Resident]:
+        """Opens a checkpoint and makes its layers known as loading; raises what is wrong with it."""
+        checkpoint = Checkpoint.open(source.path)
+        specs = layer_specs(checkpoint, source.layers, source.experts)
+        found = [Resident(source.name, n, spec, self._device) for n, spec in specs.items()]
+        for resident in found:
+            self._residents.add(resident)
+        return found
+
+    def load(self, source: ModelSource, residents: list[Resident]) -> None:
+        """Loads announced layers one after the other."""
+        checkpoint = Checkpoint.open(source.path)
+        for resident in residents:
+            self._load_one(checkpoint, resident)
+
+    def _load_one(self, checkpoint: Checkpoint, resident: Resident) -> None:
+        try:
+            resident.weights, resident.bias = load_layer(
+                checkpoint, resident.layer, resident.spec, self._torch_device
+            )
+            resident.digest = weights_digest(resident.weights, resident.bias)
+            self._build_backends(resident)
+        except ExpertdError as error:
+            self._fail(resident, str(error))
+        except Exception:
+            log.exception("loading layer %s failed", resident.name)
+            self._fail(resident, "its load failed; the server's log says why")
+        else:
+            resident.generation += 1
+            resident.state = LayerState.READY
+            log.info("layer %s is ready: %d bytes", resident.name, resident.nbytes)
+
+    def _fail(self, resident: Resident, why: str) -> None:
+        resident.state, resident.detail = LayerState.FAILED, why
+        resident.weights, resident.bias, resident.backends = None, None, {}
+        log.error("layer %s failed: %s", resident.name, why)
+
+    def _build_backends(self, resident: Resident) -> None:
+        """Every backend whose row accepts the layer on this device, ready to run."""
+        for row in self._rows(resident):
+            backend = self._build(row, resident)
+            if backend is not None:
+                resident.backends[row.cell(resident.spec.quant)] = backend
+
+    def _rows(self, resident: Resident) -> Iterator[Row]:
+        return (row for row in ROWS if not layer_refusals(row, resident.spec, self._device))
+
+    def _build(self, row: Row, resident: Resident) -> Backend | None:
+        module, _, name = row.load.partition(":")
+        backend: Backend = getattr(importlib.import_module(module), name)(
+            row, resident.spec, self._torch_device
+        )
+        if refusals := backend.check():
+            log.warning("%s cannot run %s: %s", row.entry, resident.name, refusals)
+            return None
+        backend.prepare_weights(resident.weights, resident.bias)
+        backend.warm_up((1,))
+        return backend
+
+
+def identity_spec(hidden: int) -> LayerSpec:
+    """A layer without experts."""
+    return LayerSpec(
+        hidden=hidden,
+        intermediate=0,
+        num_experts=0,
+        expert_begin=0,
+        expert_end=0,
+        activation=Activation(ActivationKind.SWIGLU),
+        quant=QuantScheme.BF16,
+        routing=None,
+    )

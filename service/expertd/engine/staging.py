@@ -1,0 +1,78 @@
+"""From the carriers' bytes to tensors on the device, through buffers that are used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertd.engine.ticket import Ticket
+from expertd_wire.tensors import WireTensor
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+}
+
+
+class StagingBuffer:
+    """One growing host buffer, pinned if the device is a card."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._bytes = self._allocate(1 << 16)
+
+    def stack(self, tensors: Sequence[WireTensor]) -> Tensor:
+        """The tensors, equal but for their first size, one below the other on the device.
+
+        The result is valid until the next stack(): it may be a view of the buffer.
+        """
+        total = sum(tensor.nbytes for tensor in tensors)
+        if total > self._bytes.numel():
+            self._bytes = self._allocate(1 << (total - 1).bit_length())
+        target, begin = self._bytes.numpy(), 0
+        for tensor in tensors:
+            target[begin : begin + tensor.nbytes] = np.frombuffer(tensor.data, np.uint8)
+            begin += tensor.nbytes
+        shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
+        host = self._bytes[:total].view(TORCH_DTYPES[tensors[0].dtype]).view(shape)
+        return host.to(self._device, non_blocking=True)
+
+    def _allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+
+
+class Staging:
+    """The buffers of one executor, one for each field of a call."""
+
+    FIELDS: dict[str, Callable[[Ticket], WireTensor | None]] = {
+        "rows": lambda ticket: ticket.call.hidden_states,
+        "scales": lambda ticket: ticket.call.hidden_states_scale,
+        "logits": lambda ticket: ticket.call.router_logits,
+        "ids": lambda ticket: ticket.call.topk_ids,
+        "weights": lambda ticket: ticket.call.topk_weights,
+    }
+
+    def __init__(self, device: torch.device) -> None:
+        self._buffers = {name: StagingBuffer(device) for name in self.FIELDS}
+
+    def stage(self, name: str, tickets: Sequence[Ticket]) -> Tensor | None:
+        """One field of all tickets as one tensor; None if the calls have none (they are of one form)."""
+        found = [self.FIELDS[name](ticket) for ticket in tickets]
+        present = [tensor for tensor in found if tensor is not None]
+        if not present:
+            return None
+        assert len(present) == len(tickets), "calls of one form have the same fields"
+        return self._buffers[name].stack(present)
+
+
+def host_bytes(out_TH: Tensor) -> memoryview:
+    """The bytes of a result, row-major, in host memory."""
+    return memoryview(out_TH.contiguous().cpu().view(torch.uint8).numpy().reshape(-1))

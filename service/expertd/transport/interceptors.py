@@ -1,0 +1,73 @@
+"""Errors become a status here, once for each protocol."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from fastapi import Request
+from fastapi.responses import JSONResponse
+
+from expertd.errors import ExpertdError, Internal
+from expertd_wire.methods import STATUS_KEY
+from expertd_wire.status import pack_status, unpack_status
+
+log = logging.getLogger(__name__)
+
+Method = Callable[[bytes, grpc.ServicerContext], bytes]
+
+INTERNAL = "an internal error; the server's log says more"
+
+
+def guarded(method: Method) -> Method:
+    """A gRPC method whose errors leave as status, ErrorInfo and refusals, never as a traceback."""
+
+    def guard(request: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            return method(request, context)
+        except ExpertdError as error:
+            fault = error
+        except Exception:
+            log.exception("a gRPC method failed")
+            fault = Internal(INTERNAL)
+        details = pack_status(fault.reason, str(fault), fault.refusals)
+        context.set_trailing_metadata(((STATUS_KEY, details),))
+        code = getattr(grpc.StatusCode, fault.wire.grpc)
+        context.abort(code, unpack_status(details).message)
+        raise AssertionError("abort() raises")
+
+    return guard
+
+
+def error_body(error: ExpertdError) -> dict[str, Any]:
+    """The JSON body of an error."""
+    reasons = [
+        {"backend": r.backend, "mode": r.mode, "entry": r.entry, "code": r.code, "text": r.text}
+        for r in error.refusals
+    ]
+    return {
+        "error": {
+            "code": error.wire.grpc,
+            "reason": error.reason,
+            "message": str(error),
+            "reasons": reasons,
+        }
+    }
+
+
+def http_error(error: ExpertdError) -> JSONResponse:
+    return JSONResponse(error_body(error), status_code=error.wire.http)
+
+
+async def on_expertd_error(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's handler for our errors."""
+    assert isinstance(error, ExpertdError)
+    return http_error(error)
+
+
+async def on_any_error(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's handler for everything else: logged here, told without details."""
+    log.error("an HTTP route failed", exc_info=error)
+    return http_error(Internal(INTERNAL))
