@@ -14,10 +14,11 @@ def descending(key_TE: Tensor, k: int) -> Tensor:
     torch.topk leaves the order of ties open and a stable sort of all E is three times slower, so
     the index becomes part of an integer key, which makes every key different.
     """
-    bits = (key_TE + 0.0).view(torch.int32).to(torch.int64)
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = (key_TE + 0.0).view(torch.int32)
+    ordered = bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF)).to(torch.int64)
     backwards = torch.arange(key_TE.shape[-1] - 1, -1, -1, device=key_TE.device)
-    return torch.topk((ordered << 32) | backwards, k, dim=-1).indices
+    unique = ordered.bitwise_left_shift_(32).bitwise_or_(backwards)
+    return torch.topk(unique, k, dim=-1).indices
 
 
 def _two_best(key_TGN: Tensor) -> Tensor:
