@@ -15,6 +15,7 @@ from expertd_wire.tensors import WireError
 MAX_STATUS_BYTES = 6 << 10
 MAX_MESSAGE_BYTES = 1536
 MAX_TEXT_BYTES = 1024
+_UNESCAPED = bytes(set(range(0x20, 0x7F)) - {ord("%")})
 
 
 class UnpackedStatus(NamedTuple):
@@ -65,7 +66,13 @@ def _shrinking(count: int) -> Iterator[int]:
 
 def _message(message: str, left_out: int) -> str:
     note = f" ({left_out} more reasons did not fit)" if left_out else ""
-    return _cut(message, MAX_MESSAGE_BYTES - len(note)) + note
+    return _cut(message, _room(message) - len(note)) + note
+
+
+def _room(message: str) -> int:
+    """How much of message may travel: gRPC spends three bytes on each that it must escape."""
+    escaped = len(message.encode(errors="replace").translate(None, _UNESCAPED))
+    return max(MAX_MESSAGE_BYTES // 3, MAX_MESSAGE_BYTES - 2 * escaped)
 
 
 def _cut(text: str, limit: int) -> str:

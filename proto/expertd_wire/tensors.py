@@ -75,7 +75,7 @@ def from_numpy(array: NDArray[Any]) -> WireTensor:
     if name not in DTYPES:
         raise WireError(f"dtype {name!r} cannot travel; use one of {', '.join(DTYPES)}")
     flat = np.ascontiguousarray(array, dtype=DTYPES[name]).reshape(-1)
-    return WireTensor(name, array.shape, memoryview(flat.view(np.uint8)).cast("B"))
+    return WireTensor(name, array.shape, flat.view(np.uint8).data)
 
 
 def to_numpy(tensor: WireTensor) -> NDArray[Any]:

@@ -1,0 +1,37 @@
+"""The Python client of expertd: numpy or torch in, the experts' output back."""
+
+from expertd_client.aio import AsyncClient
+from expertd_client.calls import Reply
+from expertd_client.client import Client
+from expertd_client.errors import (
+    DeadlineExceeded,
+    ExpertdError,
+    ExpertsNotHeld,
+    ExpertsUnavailable,
+    InvalidArgument,
+    LayerFailed,
+    NotFound,
+    NoUsablePlan,
+    Overloaded,
+    PermissionDenied,
+    Unauthenticated,
+    Unavailable,
+)
+
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "DeadlineExceeded",
+    "ExpertdError",
+    "ExpertsNotHeld",
+    "ExpertsUnavailable",
+    "InvalidArgument",
+    "LayerFailed",
+    "NoUsablePlan",
+    "NotFound",
+    "Overloaded",
+    "PermissionDenied",
+    "Reply",
+    "Unauthenticated",
+    "Unavailable",
+]

@@ -1,0 +1,115 @@
+"""A call's way into bytes and a reply's way out of them; the same for both clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import index
+from typing import Any, Generic, TypedDict, TypeVar
+
+from expertd_client.arrays import kind_of
+from expertd_client.errors import ExpertdError, InvalidArgument
+from expertd_wire.codec import decode_forward_reply, encode_forward_call
+from expertd_wire.messages import ForwardCall
+from expertd_wire.tensors import WireError, WireTensor
+
+ArrayT = TypeVar("ArrayT")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply(Generic[ArrayT]):
+    """An answer: output [T, H], the plan that made it, and the nanoseconds it took."""
+
+    output: ArrayT
+    backend: str
+    mode: str
+    entry: str
+    queued_ns: int
+    staged_ns: int
+    computed_ns: int
+
+
+class CallOptions(TypedDict, total=False):
+    """What forward and call take by keyword; encode_call has the defaults."""
+
+    router_logits: Any | None
+    topk_ids: Any | None
+    topk_weights: Any | None
+    hidden_states_format: str | None
+    hidden_states_scale: Any | None
+    partial: bool
+    backend: str | None
+    reply_dtype: str | None
+    priority: int
+    request_id: str | None
+
+
+def encode_call(
+    model: str,
+    layer: int,
+    hidden_states: Any,
+    *,
+    router_logits: Any | None = None,
+    topk_ids: Any | None = None,
+    topk_weights: Any | None = None,
+    hidden_states_format: str | None = None,
+    hidden_states_scale: Any | None = None,
+    partial: bool = False,
+    backend: str | None = None,
+    reply_dtype: str | None = None,
+    priority: int = 0,
+    request_id: str | None = None,
+) -> bytes:
+    """The bytes of a ForwardRequest; raises InvalidArgument for what cannot travel.
+
+    Whether the call makes sense is the server's to say: it knows the layer.
+    """
+    try:
+        return encode_forward_call(
+            ForwardCall(
+                model=model,
+                layer=index(layer),
+                hidden_states=_tensor("hidden_states", hidden_states),
+                router_logits=_optional("router_logits", router_logits),
+                topk_ids=_optional("topk_ids", topk_ids),
+                topk_weights=_optional("topk_weights", topk_weights),
+                hidden_states_format=hidden_states_format or "",
+                hidden_states_scale=_optional("hidden_states_scale", hidden_states_scale),
+                partial=bool(partial),
+                backend=backend or "",
+                reply_dtype=reply_dtype or "",
+                request_id=request_id or "",
+                priority=index(priority),
+            )
+        )
+    except WireError as problem:
+        raise InvalidArgument(str(problem)) from problem
+
+
+def decode_reply(data: bytes, like: ArrayT) -> Reply[ArrayT]:
+    """The reply in data, its output an array of like's kind; raises ExpertdError for bad bytes."""
+    try:
+        reply = decode_forward_reply(data)
+    except WireError as problem:
+        raise ExpertdError(f"the server's reply cannot be read: {problem}") from problem
+    if reply.output is None:
+        raise ExpertdError("the server's reply has no output")
+    return Reply(
+        output=kind_of("hidden_states", like).from_wire(reply.output, like),
+        backend=reply.backend,
+        mode=reply.mode,
+        entry=reply.entry,
+        queued_ns=reply.queued_ns,
+        staged_ns=reply.staged_ns,
+        computed_ns=reply.computed_ns,
+    )
+
+
+def _optional(name: str, value: Any | None) -> WireTensor | None:
+    return None if value is None else _tensor(name, value)
+
+
+def _tensor(name: str, value: Any) -> WireTensor:
+    try:
+        return kind_of(name, value).to_wire(value)
+    except WireError as problem:
+        raise InvalidArgument(f"{name}: {problem}") from problem

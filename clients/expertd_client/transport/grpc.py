@@ -1,0 +1,146 @@
+"""gRPC: raw bytes both ways, and the one place where its errors become ours."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from expertd_client.errors import ExpertdError, InvalidArgument, error_for
+from expertd_client.transport.base import AsyncTransport, Transport
+from expertd_wire.methods import (
+    DEFAULT_MAX_MESSAGE_BYTES,
+    FORWARD,
+    MESSAGE_SLACK_BYTES,
+    STATUS_KEY,
+)
+from expertd_wire.status import UnpackedStatus, unpack_status
+from expertd_wire.tensors import WireError
+
+_TOKEN = re.compile(r"[\x21-\x7e]+")
+_OVER_LIMIT = re.compile(r"message larger than max", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrpcSettings:
+    """How to reach a server; credentials None means no TLS."""
+
+    target: str
+    token: str | None = None
+    credentials: grpc.ChannelCredentials | None = None
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+
+    def options(self) -> list[tuple[str, int]]:
+        """Channel options: the limit in both directions, and a connection of the client's own."""
+        limit = min(self.max_message_bytes + MESSAGE_SLACK_BYTES, 2**31 - 1)
+        return [
+            ("grpc.max_send_message_length", limit),
+            ("grpc.max_receive_message_length", limit),
+            ("grpc.use_local_subchannel_pool", 1),
+            # A server that has just started is seen soon, not after gRPC's two minutes.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+        ]
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The bearer token, if any; raises InvalidArgument without repeating a bad one."""
+        if self.token is None:
+            return ()
+        if not _TOKEN.fullmatch(self.token):
+            raise InvalidArgument("token: printable ASCII without blanks is accepted")
+        return (("authorization", f"Bearer {self.token}"),)
+
+    def channel(self, library: Any) -> Any:
+        """A channel of grpc or grpc.aio."""
+        if self.credentials is None:
+            return library.insecure_channel(self.target, self.options())
+        return library.secure_channel(self.target, self.credentials, self.options())
+
+    def translated(self, error: grpc.RpcError) -> ExpertdError:
+        """The error that a server, a proxy or gRPC itself reported."""
+        found = _status(error)
+        if not found.reason and _OVER_LIMIT.search(found.message):
+            return self._too_large(found.message)
+        return error_for(*found)
+
+    def _too_large(self, text: str) -> InvalidArgument:
+        return InvalidArgument(
+            f"{text}. Two limits apply: --max-message-bytes on the server and max_message_bytes "
+            f"of this client ({self.max_message_bytes}). Raise the one exceeded, or send fewer "
+            "rows in a call",
+            reason="TOO_LARGE",
+        )
+
+
+class GrpcTransport(Transport):
+    """Client's carrier over one HTTP/2 connection; threads may share it."""
+
+    def __init__(self, settings: GrpcSettings) -> None:
+        self._settings = settings
+        self._metadata = settings.metadata()
+        self._channel = settings.channel(grpc)
+        self._forward = self._channel.unary_unary(FORWARD)
+
+    def forward(self, request: bytes, timeout: float | None) -> bytes:
+        return self._call(self._forward, request, timeout)
+
+    def query(self, path: str, request: bytes, timeout: float | None) -> bytes:
+        return self._call(self._channel.unary_unary(path), request, timeout)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _call(self, method: Any, request: bytes, timeout: float | None) -> bytes:
+        try:
+            reply: bytes = method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._settings.translated(error) from error
+        return reply
+
+
+class AsyncGrpcTransport(AsyncTransport):
+    """AsyncClient's carrier; the connection belongs to the event loop of the first call."""
+
+    def __init__(self, settings: GrpcSettings) -> None:
+        self._settings = settings
+        self._metadata = settings.metadata()
+
+    @cached_property
+    def _channel(self) -> Any:
+        return self._settings.channel(grpc.aio)
+
+    @cached_property
+    def _forward(self) -> Any:
+        return self._channel.unary_unary(FORWARD)
+
+    async def forward(self, request: bytes, timeout: float | None) -> bytes:
+        return await self._call(self._forward, request, timeout)
+
+    async def query(self, path: str, request: bytes, timeout: float | None) -> bytes:
+        return await self._call(self._channel.unary_unary(path), request, timeout)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def _call(self, method: Any, request: bytes, timeout: float | None) -> bytes:
+        try:
+            reply: bytes = await method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._settings.translated(error) from error
+        return reply
+
+
+def _status(error: Any) -> UnpackedStatus:
+    """The rich status if the server sent a readable one, else gRPC's code and text."""
+    plain = UnpackedStatus(error.code().name, "", error.details() or "", ())
+    packed = dict(error.trailing_metadata() or ()).get(STATUS_KEY)
+    if packed is None:
+        return plain
+    try:
+        return unpack_status(packed)
+    except WireError:
+        return plain
