@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from expertd.core import RoutingMethod, RoutingSpec
 from expertd.errors import InvalidArgument
-from expertd.routing.methods import TRAITS, traits_of
+from expertd.routing.methods import TRAITS, methods_with
 from expertd_wire.errors import Refusal
 
 CODE = "routing_settings"
@@ -57,7 +57,6 @@ Faults = Iterator[Fault]
 
 def check_settings(settings: Settings, names: Mapping[str, str] = MappingProxyType({})) -> None:
     """Raise InvalidArgument with everything that is wrong; names renames fields for the caller."""
-    traits_of(settings.method)
     counts = tuple(_counts(settings))
     rules = _VALUES if counts else _VALUES + _RELATIONS
     faults = counts + tuple(fault for rule in rules for fault in rule(settings))
@@ -88,7 +87,7 @@ def _number(value: object) -> bool:
 
 
 def _counts(s: Settings) -> Faults:
-    for field in ("top_k", "n_group", "topk_group"):
+    for field in ("num_experts", "top_k", "n_group", "topk_group"):
         value = getattr(s, field)
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if not whole and (value is not None or field == "top_k"):
@@ -114,8 +113,7 @@ def _group_words(s: Settings) -> Faults:
 
 def _bias(s: Settings) -> Faults:
     if s.bias and not TRAITS[s.method].biased:
-        able = ", ".join(m for m, traits in TRAITS.items() if traits.biased)
-        why = f"{s.method} has no correction bias; these have: {able}"
+        why = f"{s.method} has no correction bias; these have: {methods_with('biased')}"
         yield Fault("bias", "present", "absent", why)
 
 
@@ -126,8 +124,8 @@ def _top_k(s: Settings) -> Faults:
 
 def _method_of_groups(s: Settings) -> Faults:
     if s.groups > 1 and not TRAITS[s.method].grouped:
-        able = ", ".join(m for m, traits in TRAITS.items() if traits.grouped)
-        yield Fault("n_group", s.n_group, "1 or none", f"{s.method} is ungrouped; grouped: {able}")
+        why = f"{s.method} is ungrouped; grouped: {methods_with('grouped')}"
+        yield Fault("n_group", s.n_group, "1 or none", why)
 
 
 def _chosen_groups(s: Settings) -> Faults:

@@ -68,7 +68,7 @@ def family_routing(config: Config, layer: int | None = None) -> RoutingSpec:
     config = _language_part(config)
     row = _row(config)
     _refuse_hashed(config, layer)
-    scoring = row.scoring.word(config, SCORINGS) if isinstance(row.scoring, Key) else row.scoring
+    scoring = _scoring(row.scoring, config)
     renormalize = _flag(row.renormalize, config)
     bias = _flag(row.bias, config)
     n_group = (row.n_group.whole(config) if row.n_group else None) or None
@@ -138,6 +138,14 @@ def _top_k(row: FamilyRow, config: Config, layer: int | None) -> int:
             f"config.json: {' or '.join(row.top_k.names)} is {top_k!r}; accepted: from 1 on"
         )
     return top_k
+
+
+def _scoring(setting: Scoring | Key, config: Config) -> Scoring:
+    word = setting.read(config) if isinstance(setting, Key) else setting
+    for scoring in SCORINGS:
+        if scoring == word:
+            return scoring
+    raise InvalidArgument(f"config.json: scoring={word!r}; accepted: {', '.join(SCORINGS)}")
 
 
 def _flag(setting: bool | Key, config: Config) -> bool:

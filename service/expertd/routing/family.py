@@ -51,13 +51,6 @@ class Key:
             return value
         raise self._wrong(value, "true or false")
 
-    def word(self, config: Config, accepted: tuple[str, ...]) -> str:
-        """One of the accepted; raises InvalidArgument."""
-        value = self.read(config)
-        if value in accepted:
-            return str(value)
-        raise self._wrong(value, ", ".join(accepted))
-
     def _of_layer(self, values: list[Any], layer: int | None) -> Any:
         if layer is not None and 0 <= layer < len(values):
             return values[layer]

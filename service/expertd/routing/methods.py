@@ -12,7 +12,7 @@ from expertd.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a method does with its settings.
+    """What a method does with its settings, and in words.
 
     renormalize "asked" means that the method reads the setting of that name; eps is the default of
     the sum that it divides by.
@@ -20,32 +20,62 @@ class Traits:
 
     scoring: Scoring
     renormalize: Literal["always", "never", "asked"]
+    words: str = ""
     biased: bool = False
     grouped: bool = False
     eps: float = 0.0
 
 
+UNKNOWABLE = (RoutingMethod.CUSTOM, RoutingMethod.SIMULATED, RoutingMethod.UNSPECIFIED)
+"""Only a caller's own declaration; such layers take top-k ids and weights alone."""
+
 # The epsilons are the kernels' own (or, where no kernel has the method, its family's).
 TRAITS: dict[RoutingMethod, Traits] = {
-    RoutingMethod.DEFAULT: Traits("softmax", "never"),
-    RoutingMethod.RENORMALIZE: Traits("softmax", "always"),
-    RoutingMethod.RENORMALIZE_NAIVE: Traits("softmax", "always"),
-    RoutingMethod.GROUPED_SOFTMAX: Traits("softmax", "asked", grouped=True, eps=1e-20),
-    RoutingMethod.SOFTMAX_BIAS: Traits("softmax", "asked", biased=True, eps=1e-12),
-    RoutingMethod.DEEPSEEK_V3: Traits("sigmoid", "asked", biased=True, grouped=True, eps=1e-20),
-    RoutingMethod.MINIMAX2: Traits("sigmoid", "always", biased=True, eps=1e-20),
-    RoutingMethod.SIGMOID_RENORM: Traits("sigmoid", "asked", eps=1e-20),
-    RoutingMethod.SIGMOID: Traits("sigmoid", "never"),
-    RoutingMethod.TOPK_SIGMOID: Traits("sigmoid", "never"),
-    RoutingMethod.LLAMA4: Traits("sigmoid", "never"),
-    RoutingMethod.DEEPSEEK_V4: Traits("sqrtsoftplus", "asked", biased=True, eps=1e-20),
-    RoutingMethod.TOPK: Traits("none", "never"),
+    RoutingMethod.DEFAULT: Traits("softmax", "never", "top-k of softmax, as it is"),
+    RoutingMethod.RENORMALIZE: Traits("softmax", "always", "top-k of logits, softmax over the k"),
+    RoutingMethod.RENORMALIZE_NAIVE: Traits(
+        "softmax", "always", "top-k of softmax over its sum, which is softmax over the k"
+    ),
+    RoutingMethod.GROUPED_SOFTMAX: Traits(
+        "softmax", "asked", "top-k of softmax in the best groups", grouped=True, eps=1e-20
+    ),
+    RoutingMethod.SOFTMAX_BIAS: Traits(
+        "softmax",
+        "asked",
+        "top-k of softmax + bias, over their clamped sum",
+        biased=True,
+        eps=1e-12,
+    ),
+    RoutingMethod.DEEPSEEK_V3: Traits(
+        "sigmoid",
+        "asked",
+        "top-k of sigmoid + bias in the best groups, over their sum",
+        biased=True,
+        grouped=True,
+        eps=1e-20,
+    ),
+    RoutingMethod.MINIMAX2: Traits(
+        "sigmoid", "always", "top-k of sigmoid + bias, over their sum", biased=True, eps=1e-20
+    ),
+    RoutingMethod.SIGMOID_RENORM: Traits(
+        "sigmoid", "asked", "top-k of sigmoid, over their clamped sum", eps=1e-20
+    ),
+    RoutingMethod.SIGMOID: Traits("sigmoid", "never", "top-k of sigmoid, as it is"),
+    RoutingMethod.TOPK_SIGMOID: Traits("sigmoid", "never", "top-k of logits, sigmoid of each"),
+    RoutingMethod.LLAMA4: Traits("sigmoid", "never", "top-k of logits, sigmoid of each, on inputs"),
+    RoutingMethod.DEEPSEEK_V4: Traits(
+        "sqrtsoftplus",
+        "asked",
+        "top-k of sqrt(softplus) + bias, over their sum",
+        biased=True,
+        eps=1e-20,
+    ),
+    RoutingMethod.TOPK: Traits("none", "never", "top-k of logits, as they are"),
+    **{
+        method: Traits("none", "asked", "known to the caller alone", biased=True, grouped=True)
+        for method in UNKNOWABLE
+    },
 }
-
-UNKNOWABLE = (
-    "only the caller knows what it computes; route in the caller and send topk_ids and "
-    "topk_weights, or declare one of: "
-)
 
 
 def method_named(name: str) -> RoutingMethod:
@@ -57,8 +87,18 @@ def method_named(name: str) -> RoutingMethod:
         raise InvalidArgument(f"method {name!r} is unknown; accepted: {known}") from None
 
 
-def traits_of(method: RoutingMethod) -> Traits:
-    """What the method does; raises InvalidArgument for those whose maths expertd cannot know."""
-    if method not in TRAITS:
-        raise InvalidArgument(f"method {method}: {UNKNOWABLE}{', '.join(TRAITS)}")
-    return TRAITS[method]
+def computable(method: RoutingMethod) -> RoutingMethod:
+    """The method itself; raises InvalidArgument for those whose maths expertd cannot know."""
+    if method in UNKNOWABLE:
+        able = ", ".join(m for m in TRAITS if m not in UNKNOWABLE)
+        raise InvalidArgument(
+            f"method {method}: only its caller knows what it computes; route there and send "
+            f"topk_ids and topk_weights, or name one of: {able}"
+        )
+    return method
+
+
+def methods_with(trait: Literal["biased", "grouped"]) -> str:
+    """The names of the methods that have a correction bias, or groups."""
+    able = (m for m, traits in TRAITS.items() if getattr(traits, trait) and m not in UNKNOWABLE)
+    return ", ".join(able)

@@ -16,7 +16,7 @@ from torch import Tensor
 from expertd.core import RoutingMethod, RoutingSpec
 from expertd.errors import InvalidArgument
 from expertd.routing.checks import Settings, check_settings
-from expertd.routing.methods import TRAITS, method_named
+from expertd.routing.methods import TRAITS, computable, method_named
 from expertd.routing.rounding import Rounding
 from expertd.routing.selection import descending, within_groups
 
@@ -49,7 +49,7 @@ def route(
     Raises InvalidArgument naming every setting that is wrong. Values are not checked (logits_ok).
     """
     settings = Settings(
-        method=method_named(method),
+        method=computable(method_named(method)),
         num_experts=_experts_of(logits, bias),
         top_k=top_k,
         n_group=n_group,

@@ -35,9 +35,10 @@ def within_groups(
     key_TE: Tensor, n_group: int, topk_group: int, group_score: str, fill: float
 ) -> Tensor:
     """Keys [T, E] with those outside the best groups replaced by fill; masks stay masks."""
-    key_TGN = key_TE.unflatten(-1, (n_group, -1))
+    tokens, experts = key_TE.shape
+    key_TGN = key_TE.reshape(tokens, n_group, experts // n_group)
     chosen = descending(GROUP_SCORES[group_score](key_TGN), topk_group)
     keep_TG = torch.zeros(key_TGN.shape[:2], dtype=torch.bool, device=key_TE.device)
     keep_TG.scatter_(1, chosen, True)
     keep_TGN = keep_TG.unsqueeze(-1) | torch.isneginf(key_TGN)
-    return key_TGN.where(keep_TGN, key_TGN.new_tensor(fill)).flatten(1)
+    return torch.where(keep_TGN, key_TGN, fill).flatten(1)
