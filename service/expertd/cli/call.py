@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertd_client import Client, ExpertdError, Reply
+from expertd_client.calls import CallOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +49,13 @@ def _call(client: Client, args: argparse.Namespace) -> Reply[NDArray[Any]]:
     random = np.random.default_rng(args.seed)
     rows = random.standard_normal((args.tokens, layer.hidden)).astype(ml_dtypes.bfloat16)
     routing = _routing(args.routing, random, args.tokens, layer.num_experts, layer.top_k)
-    return client.call(
-        args.model, args.layer, rows, backend=args.backend, timeout=args.timeout, **routing
-    )
+    routing["backend"] = args.backend
+    return client.call(args.model, args.layer, rows, timeout=args.timeout, **routing)
 
 
 def _routing(
     form: str, random: np.random.Generator, tokens: int, experts: int, top_k: int
-) -> dict[str, NDArray[Any]]:
+) -> CallOptions:
     """Random routing tensors of the form asked for; none for a layer without experts."""
     if not experts:
         return {}
