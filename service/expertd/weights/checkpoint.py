@@ -68,7 +68,7 @@ class Checkpoint:
         shape, offset, length = _span(name, entry, begin, end)
         tensor = torch.empty(shape, dtype=torch_dtype(name, entry))
         with opened(entry.file) as fd:
-            flat = tensor.reshape(-1).view(torch.uint8).numpy()
+            flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
             pread_into(fd, entry.file, entry.begin + offset, memoryview(flat)[:length])
         return tensor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def _experts() -> Shapes:
 
 def _normal(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     """Normal numbers that keep a row's size when it is multiplied with them."""
-    return torch.randn(shape, generator=random) * shape[-1] ** -0.5
+    return torch.randn(shape, generator=random) / math.sqrt(shape[-1])
 
 
 def _bf16(name: str, w: Tensor) -> Iterator[tuple[str, Tensor]]:

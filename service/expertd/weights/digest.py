@@ -36,7 +36,8 @@ def _sums(tensor: Tensor) -> Tensor:
         data = torch.nn.functional.pad(data, (0, -len(data) % 4))
     words = data.view(torch.int32)
     factors = _factors(min(CHUNK_WORDS, len(words))).to(tensor.device)
-    sums = [(chunk.long() * factors[: len(chunk)]).sum() for chunk in words.split(CHUNK_WORDS)]
+    chunks = (words[at : at + CHUNK_WORDS] for at in range(0, len(words), CHUNK_WORDS))
+    sums = [(chunk.long() * factors[: len(chunk)]).sum() for chunk in chunks]
     return torch.stack(sums) if sums else torch.empty(0, dtype=torch.int64)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from expertd.core import Activation, ActivationKind
-from expertd.errors import FailedPrecondition
+from expertd.errors import FailedPrecondition, InvalidArgument
+from expertd.routing.family import Config, Key
 
 ROOTS = ("", "model.", "language_model.model.", "model.language_model.", "backbone.")
 """What may stand before `layers.`; anything else (mtp., vision towers) is not the model's stack."""
@@ -52,21 +52,6 @@ class Layout:
         return re.compile(rf"({roots})layers\.(\d+)\.{down}{end}")
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A number of the config under one of its names, or a default."""
-
-    keys: tuple[str, ...]
-    default: float | None = None
-
-    def read(self, config: Mapping[str, Any], layer: int) -> float | None:
-        """The number for a layer (lists have one a layer; 0 and null mean none)."""
-        value = next((config[key] for key in self.keys if key in config), self.default)
-        if isinstance(value, list):
-            value = value[layer] if layer < len(value) else None
-        return float(value) if value else None
-
-
 ACTIVATIONS = {
     "silu": ActivationKind.SWIGLU,
     "swish": ActivationKind.SWIGLU,
@@ -74,61 +59,75 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": ActivationKind.GEGLU_TANH,
     "relu2": ActivationKind.RELU2,
 }
-"""hidden_act → what an expert does when its family has no rule of its own."""
+"""hidden_act → what an expert does where its family has no kind of its own."""
+
+
+SILU = Key("hidden_act", default="silu")
 
 
 @dataclass(frozen=True, slots=True)
 class ActivationRule:
-    """An activation and where the config has its parameters; kind None: hidden_act says it."""
+    """An activation and where the config has its parameters; kind None: `act` says it."""
 
     kind: ActivationKind | None = None
-    key: str = "hidden_act"
-    alpha: Setting | None = None
-    beta: Setting | None = None
-    limit: Setting | None = None
+    act: Key = SILU
+    alpha: Key | None = None
+    beta: Key | None = None
+    limit: Key | None = None
 
-    def read(self, config: Mapping[str, Any], layer: int) -> Activation:
+    def read(self, config: Config, layer: int) -> Activation:
         """The activation of a layer; raises FailedPrecondition for one that is not known."""
-        kind = self.kind or ACTIVATIONS.get(str(config.get(self.key)))
+        word = str(self.act.read(config))
+        kind = self.kind or ACTIVATIONS.get(word)
         if kind is None:
             raise FailedPrecondition(
-                f"config.json: {self.key} {config.get(self.key)!r} is not one of "
-                f"{', '.join(ACTIVATIONS)}"
+                f"config.json: {self.act.names[0]} {word!r} is not one of {', '.join(ACTIVATIONS)}"
             )
-        names = ("alpha", "beta", "limit")
-        settings = {name: getattr(self, name) for name in names}
+        keys = (self.alpha, self.beta, self.limit)
         return Activation(
-            kind, **{n: s.read(config, layer) for n, s in settings.items() if s is not None}
+            kind, *(None if key is None else _number(key, config, layer) for key in keys)
         )
 
 
-@dataclass(frozen=True, slots=True)
+def _number(key: Key, config: Config, layer: int) -> float | None:
+    """A parameter of a layer: lists have one for each, 0 and null mean none."""
+    value = key.read(config)
+    if isinstance(value, list):
+        value = value[layer] if layer < len(value) else None
+    if value is not None and type(value) not in (int, float):
+        raise FailedPrecondition(f"config.json: {key.names[0]} is {value!r}, not a number")
+    return float(value) if value else None
+
+
+EXPERTS = Key("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+WIDTH = Key("moe_intermediate_size", "intermediate_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A family's entry; correction_bias and hash_table are names below `layers.N.`."""
+    """Where the experts of some model types are; other names are those below `layers.N.`.
+
+    hash_table is a tensor that only layers have whose experts are chosen by token id. refusal says
+    why experts of this kind cannot be served.
+    """
 
     model_types: tuple[str, ...]
-    layouts: tuple[Layout, ...]
-    correction_bias: tuple[str, ...] = ()
+    layouts: tuple[Layout, ...] = ()
+    correction_bias: str | None = None
     activation: ActivationRule = ActivationRule()
-    hidden: tuple[str, ...] = ("hidden_size",)
-    experts: tuple[str, ...] = (
-        "n_routed_experts",
-        "num_local_experts",
-        "num_experts",
-        "moe_num_experts",
-    )
-    intermediate: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    hidden: Key = Key("hidden_size")
+    experts: Key = EXPERTS
+    width: Key = WIDTH
     expert_bias: bool = False
     hash_table: str | None = None
     refusal: str | None = None
 
-    def number(self, config: Mapping[str, Any], keys: tuple[str, ...], layer: int) -> int:
-        """A positive whole number of the config; raises FailedPrecondition naming its keys."""
-        value = next((config[key] for key in keys if config.get(key) is not None), None)
-        if isinstance(value, list) and layer < len(value):
-            value = value[layer]
-        if type(value) is not int or value < 1:
-            raise FailedPrecondition(
-                f"config.json: {' or '.join(keys)} is {value!r}, a positive number is needed"
-            )
-        return value
+
+def positive(key: Key, config: Config, layer: int) -> int:
+    """A size of the config; raises InvalidArgument naming its key."""
+    value = key.whole(config, layer)
+    if not value:
+        raise InvalidArgument(
+            f"config.json: {' or '.join(key.names)} is {value!r}; accepted: from 1 on"
+        )
+    return value

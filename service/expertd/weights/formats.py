@@ -1,15 +1,12 @@
-"""How checkpoints store a matrix of an expert, as data; imports no torch."""
+"""The forms in which checkpoints store a matrix of an expert, as data; imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Literal
 
 from expertd.core import QuantScheme
-from expertd.errors import FailedPrecondition
-from expertd.weights.checkpoint import Checkpoint
-from expertd.weights.family import Family
 
 Shape = Callable[[int, int], tuple[int, ...]]
 
@@ -26,15 +23,17 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A stored form: its parts, by the name under which `convert` takes them.
+    """A stored form; parts are "weight" and, where there are any, "scale", "global", "input".
 
-    convert is the function of convert.py that makes the canonical matrix of the parts.
+    codes says how weights become canonical codes: as they are, as plain bytes, or from int32 words
+    of eight values that are 8 too large. Parts in `reciprocal` are stored as 1/x.
     """
 
     name: str
     quant: QuantScheme
     parts: Mapping[str, Part]
-    convert: str
+    codes: Literal["same", "bytes", "offset_words"] = "same"
+    reciprocal: tuple[str, ...] = field(default=())
 
 
 def whole(n: int, k: int) -> tuple[int, ...]:
@@ -45,12 +44,30 @@ def scalar(n: int, k: int) -> tuple[int, ...]:
     return ()
 
 
+def rows(n: int, k: int) -> tuple[int, ...]:
+    return (n,)
+
+
+def packed(values: int) -> Shape:
+    """Columns, so many values in each element."""
+    return lambda n, k: (n, k // values)
+
+
 def blocks128(n: int, k: int) -> tuple[int, ...]:
     return (-(-n // 128), -(-k // 128))
 
 
+def blocks_of_16_bytes(n: int, k: int) -> tuple[int, ...]:
+    return (n, k // 32, 16)
+
+
+FLOATS = ("F32", "BF16", "F16")
+FP8 = Part("weight", ("F8_E4M3",), whole)
+INPUT = Part("input_scale", FLOATS, scalar, optional=True)
+
+
 def _plain(quant: QuantScheme, dtype: str) -> Format:
-    return Format(quant.value, quant, {"weight": Part("weight", (dtype,), whole)}, "plain")
+    return Format(f"{quant.value} weights", quant, {"weight": Part("weight", (dtype,), whole)})
 
 
 PLAIN = {
@@ -60,40 +77,99 @@ PLAIN = {
 }
 """Unquantised weights, by the dtype they have on disk."""
 
-FP8_BLOCK128 = Format(
-    "fp8 with 128x128 blocks",
-    QuantScheme.FP8_BLOCK128,
-    {
-        "weight": Part("weight", ("F8_E4M3",), whole),
-        "scale": Part("weight_scale_inv", ("F32", "BF16", "F8_E8M0"), blocks128),
-    },
-    "fp8_block128",
+
+def _fp8(name: str, quant: QuantScheme, suffix: str, shape: Shape, **extra: Part) -> Format:
+    scale = Part(suffix, (*FLOATS, "F8_E8M0"), shape)
+    return Format(name, quant, {"weight": FP8, "scale": scale, **extra})
+
+
+BLOCK = QuantScheme.FP8_BLOCK128
+FP8_BLOCKS = (
+    _fp8("DeepSeek fp8 blocks", BLOCK, "weight_scale_inv", blocks128),
+    _fp8("DeepSeek-V4 fp8 blocks", BLOCK, "scale", blocks128),
 )
+CT_FP8_BLOCKS = (_fp8("compressed-tensors fp8 blocks", BLOCK, "weight_scale", blocks128),)
 
+ACTIVATION = Part("activation_scale", FLOATS, scalar, optional=True)
+TENSOR = QuantScheme.FP8_TENSOR
+FP8_TENSOR = (
+    _fp8("fp8 per tensor", TENSOR, "weight_scale", scalar, input=INPUT),
+    _fp8("transformers fp8 per tensor", TENSOR, "weight_scale_inv", scalar, input=ACTIVATION),
+)
+FP8_CHANNEL = (_fp8("fp8 per channel", QuantScheme.FP8_CHANNEL, "weight_scale", rows, input=INPUT),)
 
-def layer_format(
-    checkpoint: Checkpoint, config: Mapping[str, Any], family: Family, prefix: str
-) -> Format:
-    """The format of a layer's experts, as the config declares it.
-
-    Raises FailedPrecondition for a quantisation that cannot be read.
-    """
-    declared = config.get("quantization_config")
-    if declared is None:
-        return _undeclared(checkpoint, family, prefix)
-    if declared.get("quant_method") == "fp8" and declared.get("weight_block_size") == [128, 128]:
-        return FP8_BLOCK128
-    raise FailedPrecondition(f"config.json: quantization_config {declared!r:.200} cannot be read")
-
-
-def _undeclared(checkpoint: Checkpoint, family: Family, prefix: str) -> Format:
-    """The format of a plain checkpoint: what its first expert's dtype says."""
-    names = [prefix + layout.part(layout.down, 0, "weight") for layout in family.layouts]
-    name = next((n for n in names if n in checkpoint.tensors), names[0])
-    entry = checkpoint.entry(name)
-    if entry.dtype not in PLAIN:
-        raise FailedPrecondition(
-            f"{entry.file.path}: tensor {name!r} is {entry.dtype} and config.json declares no "
-            f"quantization_config; plain weights are {', '.join(PLAIN)}"
-        )
-    return PLAIN[entry.dtype]
+E8M0 = ("U8", "F8_E8M0")
+GROUPS32 = Part("weight_scale", E8M0, packed(32))
+MXFP8 = (
+    Format("mxfp8", QuantScheme.MXFP8, {"weight": FP8, "scale": GROUPS32}),
+    Format(
+        "mxfp8 with weight_scale_inv",
+        QuantScheme.MXFP8,
+        {"weight": FP8, "scale": Part("weight_scale_inv", E8M0, packed(32))},
+    ),
+)
+NVFP4 = (
+    Format(
+        "ModelOpt nvfp4",
+        QuantScheme.NVFP4,
+        {
+            "weight": Part("weight", ("U8",), packed(2)),
+            "scale": Part("weight_scale", ("F8_E4M3",), packed(16)),
+            "global": Part("weight_scale_2", ("F32",), scalar),
+            "input": INPUT,
+        },
+    ),
+)
+CT_NVFP4 = (
+    Format(
+        "compressed-tensors nvfp4",
+        QuantScheme.NVFP4,
+        {
+            "weight": Part("weight_packed", ("U8",), packed(2)),
+            "scale": Part("weight_scale", ("F8_E4M3",), packed(16)),
+            "global": Part("weight_global_scale", ("F32",), scalar),
+            "input": Part("input_global_scale", ("F32",), scalar, optional=True),
+        },
+        reciprocal=("global", "input"),
+    ),
+)
+CT_MXFP4 = (
+    Format(
+        "compressed-tensors mxfp4",
+        QuantScheme.MXFP4,
+        {"weight": Part("weight_packed", ("U8",), packed(2)), "scale": GROUPS32},
+    ),
+)
+OAI_MXFP4 = (
+    Format(
+        "gpt-oss mxfp4",
+        QuantScheme.MXFP4,
+        {
+            "weight": Part("blocks", ("U8",), blocks_of_16_bytes),
+            "scale": Part("scales", ("U8",), packed(32)),
+        },
+        codes="bytes",
+    ),
+)
+V4_MXFP4 = (
+    Format(
+        "DeepSeek-V4 mxfp4",
+        QuantScheme.MXFP4,
+        {
+            "weight": Part("weight", ("I8", "U8"), packed(2)),
+            "scale": Part("scale", E8M0, packed(32)),
+        },
+        codes="bytes",
+    ),
+)
+CT_INT4 = (
+    Format(
+        "compressed-tensors int4",
+        QuantScheme.MXINT4,
+        {
+            "weight": Part("weight_packed", ("I32",), packed(8)),
+            "scale": Part("weight_scale", ("BF16",), packed(32)),
+        },
+        codes="offset_words",
+    ),
+)

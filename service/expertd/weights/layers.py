@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from expertd.core import LayerSpec
+from expertd.core.routing import RoutingSpec
 from expertd.errors import FailedPrecondition, InvalidArgument, NotFound
-from expertd.routing.derive import family_routing
+from expertd.routing.derive import NESTS, family_routing
 from expertd.weights.checkpoint import Checkpoint
+from expertd.weights.declared import Declared, declared_formats
 from expertd.weights.families import family_of
-from expertd.weights.family import Family
-from expertd.weights.formats import Format, layer_format
+from expertd.weights.family import Family, positive
+from expertd.weights.formats import PLAIN
+from expertd.weights.shards import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class Model:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Model:
         """Find the layers; raises FailedPrecondition for an unknown family or none of its names."""
-        config = text_config(checkpoint.config)
+        config = language_config(checkpoint)
         family = family_of(config)
         return cls(checkpoint, family, config, _prefixes(checkpoint, family))
 
@@ -40,9 +43,16 @@ class Model:
             )
         return self.prefixes[layer]
 
-    def format(self, layer: int) -> Format:
-        """How the experts of a layer are stored."""
-        return layer_format(self.checkpoint, self.config, self.family, self.prefix(layer))
+    def formats(self, layer: int) -> Declared:
+        """The stored forms that the experts of a layer may have, all of one scheme.
+
+        Raises FailedPrecondition for a quantisation that cannot be read.
+        """
+        prefix = self.prefix(layer)
+        downs = [prefix + layout.down.replace("{e}", "0") for layout in self.family.layouts]
+        return declared_formats(self.config, downs[0]) or _plain(
+            self.checkpoint, prefix, self.family
+        )
 
 
 def layer_specs(
@@ -63,26 +73,34 @@ def layer_specs(
 def layer_spec(model: Model, layer: int, experts: tuple[int, int] | None = None) -> LayerSpec:
     """What one layer is; raises as layer_specs does."""
     family, config = model.family, model.config
-    prefix = model.prefix(layer)
-    count = family.number(config, family.experts, layer)
+    count = positive(family.experts, config, layer)
     begin, end = (0, count) if experts is None else experts
     if not 0 <= begin < end <= count:
         raise InvalidArgument(f"experts {begin}-{end - 1} asked, layer {layer} has 0-{count - 1}")
-    hashed = (
-        family.hash_table is not None and prefix + family.hash_table in model.checkpoint.tensors
-    )
+    routing, refusal = _routing(model, layer)
     return LayerSpec(
-        hidden=family.number(config, family.hidden, layer),
-        intermediate=family.number(config, family.intermediate, layer),
+        hidden=positive(family.hidden, config, layer),
+        intermediate=positive(family.width, config, layer),
         num_experts=count,
         expert_begin=begin,
         expert_end=end,
         activation=family.activation.read(config, layer),
-        quant=model.format(layer).quant,
-        routing=None if hashed else family_routing(config),
+        quant=model.formats(layer)[0].quant,
+        routing=routing,
         expert_bias=family.expert_bias,
-        routing_refusal=HASHED if hashed else None,
+        routing_refusal=refusal,
     )
+
+
+def _routing(model: Model, layer: int) -> tuple[RoutingSpec | None, str | None]:
+    """The layer's router, or why it takes top-k ids only."""
+    table = model.family.hash_table
+    if table is not None and model.prefix(layer) + table in model.checkpoint.tensors:
+        return None, HASHED
+    try:
+        return family_routing(model.config, layer), None
+    except FailedPrecondition as refusal:
+        return None, str(refusal)
 
 
 HASHED = (
@@ -91,13 +109,38 @@ HASHED = (
 )
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config, with the quantisation wherever it is declared."""
-    nested = config.get("text_config")
-    if not isinstance(nested, dict):
-        return config
-    shared = {key: config[key] for key in ("quantization_config",) if key in config}
-    return {**nested, **shared}
+def language_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The language model's part of config.json, with the quantisation wherever it is declared."""
+    config: dict[str, Any] = checkpoint.config
+    quantization = config.get("quantization_config") or _modelopt_file(checkpoint)
+    while nested := next((config[n] for n in NESTS if isinstance(config.get(n), dict)), None):
+        config = {"model_type": config.get("model_type"), **nested}
+        quantization = quantization or config.get("quantization_config")
+    return {**config, "quantization_config": quantization}
+
+
+def _modelopt_file(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The declaration that ModelOpt's older exports keep beside config.json."""
+    if not (checkpoint.root / MODELOPT_FILE).exists():
+        return None
+    declared = read_json(checkpoint.root, MODELOPT_FILE).get("quantization")
+    return {"quant_method": "modelopt", **declared} if isinstance(declared, dict) else None
+
+
+MODELOPT_FILE = "hf_quant_config.json"
+
+
+def _plain(checkpoint: Checkpoint, prefix: str, family: Family) -> Declared:
+    """The form of plain weights: what the dtype of the first expert says."""
+    names = [prefix + layout.part(layout.down, 0, "weight") for layout in family.layouts]
+    name = next((n for n in names if n in checkpoint.tensors), names[0])
+    entry = checkpoint.entry(name)
+    if entry.dtype not in PLAIN:
+        raise FailedPrecondition(
+            f"{entry.file.path}: tensor {name!r} is {entry.dtype}, but config.json declares no "
+            f"quantisation for it; plain weights are {', '.join(PLAIN)}"
+        )
+    return (PLAIN[entry.dtype],)
 
 
 def ranges(numbers: Collection[int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from expertd.core import LayerSpec
 from expertd.errors import FailedPrecondition
 from expertd.weights.canonical import ExpertWeights
 from expertd.weights.checkpoint import Checkpoint
-from expertd.weights.convert import CONVERTERS
+from expertd.weights.convert import to_matrix
 from expertd.weights.layers import Model
 from expertd.weights.matrix import Matrix, allocate, place
 from expertd.weights.source import Source, Stored, locate
+from expertd.weights.storage import STORAGE
 
 
 def load_layer(
@@ -42,8 +43,7 @@ def correction_bias(
     if spec.routing is None or not spec.routing.bias:
         return None
     checkpoint, prefix = model.checkpoint, model.prefix(layer)
-    names = [prefix + name for name in model.family.correction_bias]
-    name = next((n for n in names if n in checkpoint.tensors), names[0])
+    name = f"{prefix}{model.family.correction_bias}"
     bias = checkpoint.read(name).float().reshape(-1)
     if bias.shape != (spec.num_experts,) or not bias.isfinite().all():
         raise FailedPrecondition(
@@ -109,16 +109,16 @@ def _split(source: Source, stored: Stored, part: str, tensor: Tensor) -> tuple[T
 
 
 def _place(
-    source: Source, weights: ExpertWeights, slot: int, up_gate: list[Raw], down: Raw
+    source: Source, weights: ExpertWeights, slot: int, up_gate: Sequence[Raw], down: Raw
 ) -> None:
     device = weights.device
-    matrices = [_matrix(source, parts, device) for parts in (*up_gate, down)]
-    place(weights, slot, matrices[:-1], matrices[-1])
+    width, hidden = weights.w2.shape[2] * STORAGE[weights.quant].packed, weights.w2.shape[1]
+    halves = [_matrix(source, width, hidden, parts, device) for parts in up_gate]
+    place(weights, slot, halves, _matrix(source, hidden, width, down, device))
     if weights.bias13 is not None and weights.bias2 is not None:
         weights.bias13[slot] = torch.cat([parts["bias"].float() for parts in up_gate])
         weights.bias2[slot] = down["bias"].float()
 
 
-def _matrix(source: Source, parts: Raw, device: torch.device) -> Matrix:
-    convert = CONVERTERS[source.format.convert]
-    return convert(source.format.quant, {name: part.to(device) for name, part in parts.items()})
+def _matrix(source: Source, n: int, k: int, parts: Raw, device: torch.device) -> Matrix:
+    return to_matrix(source.format, n, k, {name: t.to(device) for name, t in parts.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from expertd.core import LayerSpec
 from expertd.errors import FailedPrecondition
@@ -40,9 +41,8 @@ def locate(model: Model, layer: int, spec: LayerSpec) -> Source:
     Raises FailedPrecondition naming file, tensor and expectation where one is missing or has
     another dtype or shape than config and format say.
     """
-    prefix, format_ = model.prefix(layer), model.format(layer)
-    problems = []
-    for layout in model.family.layouts:
+    prefix, problems = model.prefix(layer), []
+    for layout, format_ in product(model.family.layouts, model.formats(layer)):
         finder = _Finder(model.checkpoint, prefix, layout, format_, spec)
         try:
             experts = tuple(finder.expert(e) for e in range(spec.expert_begin, spec.expert_end))
@@ -77,10 +77,10 @@ class _Finder:
         hidden, width = self.spec.hidden, self.spec.intermediate
         layout = self.layout
         if layout.fused != "no":
-            first = (self._matrix(layout.up, expert, 2 * width, hidden),)
+            rows, names = 2 * width, [layout.up]
         else:
-            names = (layout.up, layout.gate) if self.spec.activation.gated else (layout.up,)
-            first = tuple(self._matrix(name, expert, width, hidden) for name in names)
+            rows, names = width, [layout.up, layout.gate][: 1 + self.spec.activation.gated]
+        first = tuple(self._matrix(name, expert, rows, hidden) for name in names)
         return first, self._matrix(layout.down, expert, hidden, width)
 
     def _matrix(self, name: str, expert: int, n: int, k: int) -> Stored:

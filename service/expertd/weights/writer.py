@@ -41,7 +41,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_shards(directory: Path, shards: Sequence[Mapping[str, Tensor]]) -> None:
     """Tensors as numbered safetensors files with their index."""
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, tensors in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(dict(tensors), directory / name, metadata={"format": "pt"})
