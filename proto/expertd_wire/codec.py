@@ -83,7 +83,7 @@ def _walk(view: memoryview, fields: Fields, values: Values, where: str) -> None:
             tag = view[pos]
             pos += 1
             if tag >= 0x80:
-                tag, pos = read_varint(view, pos - 1, end)
+                tag, pos = read_varint(view, pos - 1, min(end, pos + 4))  # of 32 bits
             name, put = fields.get(tag) or _unknown(tag)
             value, pos = READERS[tag & 7](view, pos, end)
             put(values, name, value)
