@@ -16,7 +16,7 @@ def declared_routing(fields: Mapping[str, Any]) -> RoutingSpec:
     """The router of an explicit spec: routing, or scoring with renormalize and the rest.
 
     Reads num_experts, top_k, routing, scoring, renormalize, n_group, topk_group, bias, eps,
-    routed_scaling_factor, group_fill, group_score. Raises InvalidArgument naming the fields that are wrong.
+    routed_scaling_factor, group_fill, group_score. Raises InvalidArgument by field.
     """
     method = _method(fields)
     traits = TRAITS[method]
