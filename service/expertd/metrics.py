@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
@@ -26,54 +33,44 @@ class Metrics:
     """Everything that /metrics shows; methods are called from any thread."""
 
     def __init__(self, residents: Residents, info: dict[str, str]) -> None:
+        # A *_created series for each series says nothing here.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._residents = residents
-        new = {"registry": self.registry}
-        self._requests = Counter(
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        seconds = partial(histogram, buckets=SECONDS)
+        self._requests = counter(
             "expertd_requests",
             "Calls answered, by gRPC status name.",
             ("model", "carrier", "backend", "mode", "code"),
-            **new,
         )
-        self._duration = Histogram(
+        self._duration = seconds(
             "expertd_request_duration_seconds",
             "From a call's arrival to its encoded reply.",
             ("model", "carrier"),
-            buckets=SECONDS,
-            **new,
         )
-        self._queue = Histogram(
-            "expertd_queue_duration_seconds", "Time in the queue.", buckets=SECONDS, **new
-        )
-        self._stage = Histogram(
+        self._queue = seconds("expertd_queue_duration_seconds", "Time in the queue.")
+        self._stage = seconds(
             "expertd_stage_duration_seconds",
             "Time of one stage: decode and encode by call, the others by batch.",
             ("stage",),
-            buckets=SECONDS,
-            **new,
         )
-        self._batch_tokens = Histogram(
-            "expertd_batch_tokens", "Rows of a batch.", buckets=TOKENS, **new
+        self._batch_tokens = histogram("expertd_batch_tokens", "Rows of a batch.", buckets=TOKENS)
+        self._batch_requests = histogram(
+            "expertd_batch_requests", "Calls of a batch.", buckets=REQUESTS
         )
-        self._batch_requests = Histogram(
-            "expertd_batch_requests", "Calls of a batch.", buckets=REQUESTS, **new
+        self._tokens = counter("expertd_tokens", "Rows computed.", ("model",))
+        self._inflight = gauge("expertd_inflight_requests", "Calls being answered.")
+        self._rejected = counter("expertd_rejected", "Calls refused or dropped.", ("reason",))
+        self._nonfinite = counter(
+            "expertd_nonfinite_outputs", "Rows answered with NaN or infinity.", ("model",)
         )
-        self._tokens = Counter("expertd_tokens", "Rows computed.", ("model",), **new)
-        self._inflight = Gauge("expertd_inflight_requests", "Calls being answered.", **new)
-        self._queued = Gauge("expertd_queued_tokens", "Rows waiting.", **new)
-        self._rejected = Counter(
-            "expertd_rejected", "Calls refused or dropped unserved.", ("reason",), **new
-        )
-        self._nonfinite = Counter(
-            "expertd_nonfinite_outputs", "Rows answered with NaN or infinity.", ("model",), **new
-        )
-        self._draining = Gauge("expertd_draining", "1 while draining.", **new)
-        Info("expertd_build", "Versions of this process.", **new).info(info)
+        self._draining = gauge("expertd_draining", "1 while draining.")
+        Info("expertd_build", "Versions of this process.", registry=self.registry).info(info)
         self.registry.register(_LayerCollector(residents))
         self._child = cache(lambda family, *labels: family.labels(*labels))
-
-    def queued(self, tokens: int) -> None:
-        self._queued.set(tokens)
 
     def rejected(self, reason: str) -> None:
         self._child(self._rejected, reason).inc()
@@ -132,17 +129,18 @@ class _LayerCollector:
         weights = GaugeMetricFamily(
             "expertd_weights_bytes", "Bytes of expert weights held.", labels=("model", "device")
         )
+        queued = GaugeMetricFamily("expertd_queued_tokens", "Rows waiting.")
         held: dict[tuple[str, str], int] = {}
+        queued.add_metric((), sum(resident.queued_tokens for resident in self._residents.all()))
         for resident in self._residents.all():
             for name in LayerState:
-                labels = (resident.model, str(resident.layer), name)
-                state.add_metric(labels, float(resident.state is name))
+                is_it = float(resident.state is name)
+                state.add_metric((resident.model, str(resident.layer), name), is_it)
             key = (resident.model, device_label(resident))
             held[key] = held.get(key, 0) + resident.nbytes
         for labels, nbytes in held.items():
             weights.add_metric(labels, nbytes)
-        yield state
-        yield weights
+        yield from (state, weights, queued)
 
 
 class _CellCollector:

@@ -25,6 +25,7 @@ class CallForm:
     rows_dtype: str
     rows_format: str = ""
     logits_dtype: str = ""
+    ids_dtype: str = ""
     weights_dtype: str = ""
     top_k: int = 0
     partial: bool = False

@@ -91,7 +91,7 @@ def _check_logits(spec: LayerSpec, call: ForwardCall, tokens: int) -> None:
         )
     if not spec.complete and not call.partial:
         raise ExpertsNotHeld(
-            f"experts {spec.expert_begin}-{spec.expert_end - 1} of {spec.num_experts} are held here, "
+            f"experts {spec.expert_begin}-{spec.expert_end - 1} of {spec.num_experts} are held, "
             "logits may choose any; set partial and add the partial sums of all holders"
         )
 
@@ -122,8 +122,9 @@ def _form(call: ForwardCall, routing: RoutingForm, backend: str) -> CallForm:
         rows_dtype=rows.dtype,
         rows_format=call.hidden_states_format,
         logits_dtype="" if call.router_logits is None else call.router_logits.dtype,
+        ids_dtype="" if call.topk_ids is None else call.topk_ids.dtype,
         weights_dtype="" if call.topk_weights is None else call.topk_weights.dtype,
-        top_k=0 if call.topk_ids is None else call.topk_ids.shape[-1],
+        top_k=_width(call.topk_ids),
         partial=call.partial,
         backend=backend,
         reply_dtype=call.reply_dtype or _default_reply(call, rows),
@@ -134,6 +135,11 @@ def _default_reply(call: ForwardCall, rows: WireTensor) -> str:
     if call.partial:
         return "float32"
     return "bfloat16" if call.hidden_states_format else rows.dtype
+
+
+def _width(ids: WireTensor | None) -> int:
+    """K; layers without experts take tensors of any rank."""
+    return ids.shape[-1] if ids is not None and ids.shape else 0
 
 
 def _present(name: str, tensor: WireTensor | None) -> WireTensor:

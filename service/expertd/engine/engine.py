@@ -10,7 +10,7 @@ import torch
 from expertd.capability.row import Row
 from expertd.core import CallForm
 from expertd.engine.admission import admit
-from expertd.engine.batcher import Batcher, Budget, unavailable
+from expertd.engine.batcher import Batcher, Budget
 from expertd.engine.choice import choose_backend
 from expertd.engine.executor import Executor
 from expertd.engine.observer import Observer
@@ -37,7 +37,7 @@ class Engine:
     ) -> None:
         self.residents = residents
         self._options = options
-        self._batcher = Batcher(options.budget, observer)
+        self._batcher = Batcher(options.budget)
         self._executor = Executor(self._batcher, device, observer)
         self._draining = False
 
@@ -85,7 +85,7 @@ class Engine:
     def drain(self, seconds: float) -> bool:
         """Refuses new calls and waits for the accepted ones; True if all were answered in time."""
         self._draining = True
-        self._batcher.close(unavailable("draining"))
+        self._batcher.close("draining")
         return self._executor.join(seconds)
 
 

@@ -18,6 +18,8 @@ from expertd.errors import ExpertdError, Internal
 
 log = logging.getLogger(__name__)
 
+BROKEN = "broken: its executor died, see its log"
+
 
 class Executor:
     """Runs batches until the batcher is closed and drained; if it dies, nobody is left waiting."""
@@ -43,10 +45,6 @@ class Executor:
         """Whether the thread died of anything but an orderly drain."""
         return self._failed.is_set()
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._running)
-
     def _run(self) -> None:
         try:
             with torch.inference_mode():
@@ -55,9 +53,8 @@ class Executor:
         except BaseException:
             log.critical("the executor died; this process takes no more calls", exc_info=True)
             self._failed.set()
-            error = unavailable("broken: its executor died, see its log")
-            self._batcher.fail_all(error)
-            _fail(self._running, error)
+            self._batcher.fail_all(BROKEN)
+            _fail(self._running, unavailable(BROKEN))
 
     def _run_batch(self, tickets: list[Ticket]) -> None:
         self._running = tickets

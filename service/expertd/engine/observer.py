@@ -30,23 +30,6 @@ class BatchReport:
 
 
 class Observer(Protocol):
-    """Called from the engine's threads; must be quick and must not raise."""
-
-    def queued(self, tokens: int) -> None: ...
-
-    def rejected(self, reason: str) -> None: ...
+    """Called from the executor's thread; must be quick and must not raise."""
 
     def ran(self, report: BatchReport) -> None: ...
-
-
-class Silent:
-    """An observer that does not look."""
-
-    def queued(self, tokens: int) -> None:
-        return None
-
-    def rejected(self, reason: str) -> None:
-        return None
-
-    def ran(self, report: BatchReport) -> None:
-        return None
