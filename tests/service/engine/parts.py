@@ -1,0 +1,109 @@
+"""An engine of known parts: layers without checkpoints, backends that do what a test says."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tests.strategies import random_weights
+
+from expertd.backends.base import Backend, Batch
+from expertd.backends.grouped.backend import Grouped
+from expertd.backends.reference.backend import Reference
+from expertd.capability.device import detect
+from expertd.capability.rows import grouped, reference
+from expertd.core import LayerSpec
+from expertd.engine.batcher import Budget
+from expertd.engine.engine import Engine, EngineOptions
+from expertd.engine.observer import BatchReport
+from expertd.engine.resident import LayerState, Resident, Residents
+
+CPU = torch.device("cpu")
+Forward = Callable[[Batch], None]
+
+
+class Scripted(Backend):
+    """A backend whose forward is the test's own function."""
+
+    script: Forward
+
+    def _prepare_weights(self, weights: Any, bias: Any) -> None: ...
+
+    def _warm_up(self, tokens: Any) -> None: ...
+
+    def _forward(self, batch: Batch) -> None:
+        type(self).script(batch)
+
+
+class Reports:
+    """An observer that remembers."""
+
+    def __init__(self) -> None:
+        self.ran_batches: list[BatchReport] = []
+
+    def ran(self, report: BatchReport) -> None:
+        self.ran_batches.append(report)
+
+
+def warm(backend: Backend, weights: Any = None, bias: Any = None) -> Backend:
+    """A backend after its whole start-up."""
+    assert backend.check() == ()
+    backend.prepare_weights(weights, bias)
+    backend.warm_up((1,))
+    return backend
+
+
+def resident(
+    spec: LayerSpec, random: torch.Generator, script: Forward | None = None, **names: Any
+) -> Resident:
+    """A ready layer m/0 with random weights; script replaces what grouped computes."""
+    found = Resident(**{"model": "m", "layer": 0} | names, spec=spec, device=detect("cpu"))
+    row = grouped.ROWS[0]
+    found.weights = random_weights(spec, random)
+    kind = Grouped if script is None else type("Scripted", (Scripted,), {"script": script})
+    found.backends[row.cell(spec.quant)] = warm(kind(row, spec, CPU), found.weights)
+    row = reference.ROWS[0]
+    found.backends[row.cell(spec.quant)] = warm(Reference(row, spec, CPU), found.weights)
+    found.state = LayerState.READY
+    return found
+
+
+@contextmanager
+def running(
+    *layers: Resident, reports: Reports | None = None, start: bool = True, **options: Any
+) -> Iterator[Engine]:
+    """An engine over these layers; drained at the end."""
+    residents = Residents()
+    for layer in layers:
+        residents.add(layer)
+    budget = Budget(**{k: options.pop(k) for k in list(options) if k in Budget.__slots__})
+    engine = Engine(residents, CPU, EngineOptions(**options, budget=budget), reports or Reports())
+    if start:
+        engine.start()
+    try:
+        yield engine
+    finally:
+        if not start:
+            engine.start()
+        engine.drain(10)
+
+
+class Gate:
+    """A forward that waits until the test opens it, so that calls queue up behind it."""
+
+    def __init__(self, then: Forward | None = None) -> None:
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+        self.batches: list[int] = []
+        self._then = then
+
+    def __call__(self, batch: Batch) -> None:
+        self.batches.append(batch.rows.shape[0])
+        self.entered.set()
+        assert self.opened.wait(10)
+        batch.out.copy_(batch.rows)
+        if self._then is not None:
+            self._then(batch)

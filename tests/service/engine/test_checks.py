@@ -1,0 +1,119 @@
+"""Values of ids, weights and logits: each fault is found, by row, and harms no other row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.strategies import layer_spec
+
+from expertd.core import LayerSpec
+from expertd.engine.checks import (
+    BAD_LOGITS,
+    BAD_WEIGHT,
+    DUPLICATE,
+    NOT_HELD,
+    OK,
+    OUT_OF_RANGE,
+    check_logits,
+    check_topk,
+    fault_error,
+)
+from expertd.errors import ExpertsNotHeld, InvalidArgument
+
+SPEC = layer_spec()
+PART = layer_spec(expert_begin=2, expert_end=4)
+NAN, INF = math.nan, math.inf
+
+
+def by_the_contract(
+    ids: list[int], weights: list[float], spec: LayerSpec, partial: bool
+) -> set[int]:
+    """Every fault of one row, as interfaces.md words them, in plain Python."""
+    named = [(i, w) for i, w in zip(ids, weights, strict=True) if i != -1]
+    faults = set()
+    if any(not 0 <= i < spec.num_experts for i, _ in named):
+        faults.add(OUT_OF_RANGE)
+    if len({i for i, _ in named}) < len(named):
+        faults.add(DUPLICATE)
+    if any(not math.isfinite(w) for _, w in named):
+        faults.add(BAD_WEIGHT)
+    held = range(spec.expert_begin, spec.expert_end)
+    if not partial and any(i not in held for i, _ in named if 0 <= i < spec.num_experts):
+        faults.add(NOT_HELD)
+    return faults or {OK}
+
+
+IDS = st.sampled_from([-(2**31), -2, -1, -1, 0, 1, 2, 3, 4, 5, 6, 2**31 - 1])
+WEIGHTS = st.sampled_from([0.0, -1.5, 0.25, 1e38, NAN, INF, -INF])
+
+
+@given(
+    st.lists(st.lists(st.tuples(IDS, WEIGHTS), min_size=3, max_size=3), min_size=1, max_size=6),
+    st.sampled_from([SPEC, PART]),
+    st.booleans(),
+    st.sampled_from([torch.int32, torch.int64]),
+)
+def test_each_row_gets_a_fault_it_has_and_faulty_rows_become_harmless(
+    rows: list[list[tuple[int, float]]], spec: LayerSpec, partial: bool, dtype: torch.dtype
+) -> None:
+    ids = torch.tensor([[i for i, _ in row] for row in rows], dtype=dtype)
+    weights = torch.tensor([[w for _, w in row] for row in rows])
+    before = ids.clone(), weights.clone()
+    harmless, codes = check_topk(ids, weights, spec, partial)
+    assert harmless.dtype == torch.int32
+    for row, given_ids, code in zip(rows, harmless.tolist(), codes.tolist(), strict=True):
+        own = [i for i, _ in row]
+        assert code in by_the_contract(own, [w for _, w in row], spec, partial)
+        assert given_ids == (own if code == OK else [-1] * 3)
+    assert torch.equal(ids, before[0]) and torch.equal(weights.nan_to_num(), before[1].nan_to_num())
+
+
+@pytest.mark.parametrize("far", [2**31, -(2**31) - 1, 2**32 + 1, 2**63 - 1, -(2**63), 2**32 - 1])
+def test_wide_ids_do_not_wrap_into_range(far: int) -> None:
+    ids = torch.tensor([[far, 0]])
+    _, codes = check_topk(ids, torch.ones(1, 2), SPEC, partial=True)
+    assert codes.tolist() == [OUT_OF_RANGE]
+
+
+LOGITS: dict[str, tuple[list[float], int]] = {
+    "finite": ([0.0, 1.0, -1e30, 3.0], OK),
+    "a mask": ([0.0, -INF, 1.0, -INF], OK),
+    "too few left": ([0.0, -INF, -INF, -INF], BAD_LOGITS),
+    "none left": ([-INF] * 4, BAD_LOGITS),
+    "NaN": ([0.0, 1.0, 2.0, NAN], BAD_LOGITS),
+    "+inf": ([0.0, 1.0, INF, 2.0], BAD_LOGITS),
+    "negative NaN": ([0.0, 1.0, -NAN, 2.0], BAD_LOGITS),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits(dtype: torch.dtype) -> None:
+    logits = torch.tensor([row for row, _ in LOGITS.values()]).clamp(min=-6e4).to(dtype)
+    masks = torch.tensor([row for row, _ in LOGITS.values()]) == -INF
+    logits = logits.masked_fill(masks, -INF)
+    before = logits.clone()
+    harmless, codes = check_logits(logits, 2)
+    assert dict(zip(LOGITS, codes.tolist(), strict=True)) == {n: c for n, (_, c) in LOGITS.items()}
+    for row, code, given_row in zip(harmless, codes.tolist(), before, strict=True):
+        assert torch.equal(row, given_row if code == OK else torch.zeros_like(row))
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (BAD_LOGITS, InvalidArgument, "router_logits: row 7 has NaN or .inf, or fewer than 2"),
+        (OUT_OF_RANGE, InvalidArgument, r"topk_ids: row 7 has an id outside 0\.\.5"),
+        (DUPLICATE, InvalidArgument, "topk_ids: row 7 names an expert twice"),
+        (BAD_WEIGHT, InvalidArgument, "topk_weights: row 7 has a weight that is not finite"),
+        (NOT_HELD, ExpertsNotHeld, "row 7 needs experts outside 2-3.*set partial"),
+    ],
+)
+def test_words(code: int, kind: type[Exception], words: str) -> None:
+    with pytest.raises(kind, match=words):
+        raise fault_error(code, 7, PART)
