@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata, util
 from typing import Literal
@@ -56,6 +56,17 @@ def detect(device: str) -> DeviceInfo:
     if index >= count:
         raise InvalidArgument(f"device {device!r} does not exist: {count} CUDA device(s) are here")
     return _cuda(index)
+
+
+def device_named(name: str, flashinfer: str | None = None) -> DeviceInfo:
+    """A device that is here (auto, cpu, cuda:N) or any architecture, with that FlashInfer."""
+    if name in ARCHS and name != "cpu":
+        return simulated(name, flashinfer)
+    try:
+        found = detect(name)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{error}, {', '.join(ARCHS[1:])}") from None
+    return replace(found, flashinfer=flashinfer) if flashinfer else found
 
 
 def _cuda_count() -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from expertd.capability.checks.fault import Fault
+from expertd.capability.checks.fault import Ask, Fault
 from expertd.capability.device import DeviceInfo
+from expertd.capability.formats import declared_activation
+from expertd.capability.library import library
 from expertd.capability.match import refusal, refusals
 from expertd.capability.row import Cell, Row, State
 from expertd.capability.rows import ROWS
@@ -23,13 +26,14 @@ class Plan:
 
     scale_in_weights: expertd's own router multiplies the routed scale into the weights; otherwise
     the kernel applies it (monolithic) or the caller's weights are final (top-k form).
-    weights_on: where the router weight multiplies: the expert's output or its input.
+    weights_on: where the router weight multiplies: an expert's output or input (both done by the
+    kernel), or the rows before it (then the kernel's weights are 1).
     """
 
     row: Row
     state: State
     scale_in_weights: bool
-    weights_on: str
+    weights_on: Literal["output", "input", "rows"]
 
     @property
     def backend(self) -> str:
@@ -87,7 +91,7 @@ def plan(
     usable: list[Plan] = []
     rejected: list[Rejected] = []
     for row in _candidates(rows, form.backend):
-        state = (states or {}).get(row.cell(spec.quant), State.PRESENT)
+        state = (states or {}).get(row.cell(spec.quant), state_of(row, device))
         reasons = (
             *refusals(row, spec, form, device, exact_routing=exact_routing),
             *_state_refusals(row, state, trust_declared),
@@ -95,8 +99,25 @@ def plan(
         if reasons:
             rejected.append(Rejected(row, reasons))
         else:
-            usable.append(_plan(row, state, spec, form))
-    return PlanSet(tuple(usable), tuple(rejected))
+            usable.append(_plan(row, state, Ask(spec, form, device)))
+    return PlanSet(_ordered(usable, spec), tuple(rejected))
+
+
+def state_of(row: Row, device: DeviceInfo) -> State:
+    """What is known without a proof: present where its library was inspected on this machine."""
+    if device.simulated:
+        return State.DECLARED
+    found = library(device.flashinfer) if row.library == "flashinfer" else None
+    here = row.library != "flashinfer" or (found is not None and found.installed)
+    return State.PRESENT if here else State.DECLARED
+
+
+def _ordered(usable: list[Plan], spec: LayerSpec) -> tuple[Plan, ...]:
+    """Backends as the table orders them; within one, the declared activation format first."""
+    ranks = {name: rank for rank, name in enumerate(dict.fromkeys(p.backend for p in usable))}
+    declared = declared_activation(spec)
+    key = [(ranks[p.backend], p.activation != declared, n) for n, p in enumerate(usable)]
+    return tuple(usable[n] for *_, n in sorted(key))
 
 
 def _candidates(rows: tuple[Row, ...], pin: str) -> tuple[Row, ...]:
@@ -118,11 +139,12 @@ def _state_refusals(row: Row, state: State, trust_declared: bool) -> tuple[Refus
     return (refusal(row, Fault("not_proven", "state", state, "proven", why)),)
 
 
-def _plan(row: Row, state: State, spec: LayerSpec, form: CallForm) -> Plan:
-    from_logits = form.routing is RoutingForm.LOGITS
+def _plan(row: Row, state: State, ask: Ask) -> Plan:
+    from_logits = ask.form.routing is RoutingForm.LOGITS
+    site = ask.spec.routing.weight_site if ask.spec.routing else "output"
     return Plan(
         row=row,
         state=state,
         scale_in_weights=from_logits and row.mode is PlanMode.ROUTED,
-        weights_on=spec.routing.weight_site if spec.routing else "output",
+        weights_on=site if site in row.weight_sites else "rows",
     )

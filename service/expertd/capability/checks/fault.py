@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from expertd.capability.device import DeviceInfo
+from expertd.capability.library import Library
 from expertd.capability.row import Row
 from expertd.core import CallForm, LayerSpec
 
 
 class Ask(NamedTuple):
-    """A layer, a call's form and a device; exact: the kernel's own routing is not wanted."""
+    """A layer, a call's form, a device and its FlashInfer; exact: no kernel may route by itself."""
 
     spec: LayerSpec
     form: CallForm
     device: DeviceInfo
+    library: Library | None = None
     exact: bool = False
 
     @property
@@ -44,3 +46,11 @@ Check = Callable[[Row, Ask], Iterator[Fault]]
 
 def listed(values: Iterable[str]) -> str:
     return ", ".join(values) or "none"
+
+
+def at_most(bound: int) -> str:
+    return f"<= {bound}"
+
+
+def multiple_of(step: int) -> str:
+    return f"a multiple of {step}"

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from expertd.capability.row import Row
-from expertd.capability.rows import grouped, identity, reference
+from expertd.capability.rows import (
+    flashinfer_cutlass,
+    flashinfer_trtllm,
+    grouped,
+    identity,
+    reference,
+    triton,
+)
 
-ROWS: tuple[Row, ...] = (*grouped.ROWS, *identity.ROWS, *reference.ROWS)
+ROWS: tuple[Row, ...] = (
+    *flashinfer_trtllm.ROWS,
+    *flashinfer_cutlass.ROWS,
+    *triton.ROWS,
+    *grouped.ROWS,
+    *identity.ROWS,
+    *reference.ROWS,
+)
 
 BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(row.backend for row in ROWS))
 """Every backend's name, for a pin and for the message about an unknown one."""

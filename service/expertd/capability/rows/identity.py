@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from expertd.capability.row import Row
-from expertd.core import ActivationKind, PlanMode, QuantScheme
+from expertd.capability.row import ANY_ACTIVATION, Row
+from expertd.core import PlanMode, QuantScheme
 
 ROWS = (
     Row(
@@ -13,9 +13,11 @@ ROWS = (
         archs=(),
         quants=tuple(QuantScheme),
         activation_quant="bf16",
-        activations=tuple(ActivationKind),
+        activations=ANY_ACTIVATION,
         load="expertd.backends.identity.backend:Identity",
+        formats=("fp8_group128", "mxfp8"),
         weight_sites=("output", "input"),
+        expert_bias=True,
         identity=True,
         needs_proof=False,
     ),

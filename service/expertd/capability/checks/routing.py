@@ -1,0 +1,159 @@
+"""Routing inside a kernel: whether it computes what the layer's family computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from expertd.capability.checks.fault import Ask, Check, Fault, at_most, listed
+from expertd.capability.checks.library import missing_member, too_old
+from expertd.capability.row import Row, Tier
+from expertd.capability.rows.trtllm_routing import (
+    MAX_EXPERTS_A_GROUP,
+    MAX_GROUPS,
+    MAX_TOPK_GROUP,
+)
+from expertd.core import PlanMode, RoutingForm, RoutingSpec
+from expertd.routing.methods import TRAITS
+
+Faults = Iterator[Fault]
+
+KERNEL_EPS = 1e-12
+"""Kernels add 1e-20 to a sum whose smallest terms are 1e-7: less than this is the same to them."""
+
+
+def exact(row: Row, ask: Ask) -> Faults:
+    if ask.exact and row.mode is PlanMode.MONOLITHIC:
+        why = "--exact-routing is on and the kernel routes with roundings of its own"
+        yield Fault("exact_routing", "exact_routing", "true", "false", why)
+
+
+def method(row: Row, ask: Ask) -> Faults:
+    routing = _routed_by_kernel(row, ask)
+    if routing is None:
+        return
+    if routing.method not in row.routing:
+        why = "the kernel cannot route by that method"
+        yield Fault("routing_method", "routing", routing.method, listed(row.routing), why)
+    elif ask.library is not None:
+        yield from missing_member(ask.library, "RoutingMethodType", routing.method)
+
+
+def settings(row: Row, ask: Ask) -> Faults:
+    """Whether the declared method really means these settings: what a kernel would get wrong."""
+    found, routing = _tier(row, ask), _routed_by_kernel(row, ask)
+    if found is None or routing is None:
+        return
+    traits = TRAITS[routing.method]
+    if routing.scoring != traits.scoring:
+        why = f"{routing.method} scores by {traits.scoring}"
+        yield Fault("scoring", "scoring", routing.scoring, traits.scoring, why)
+    if routing.bias and not traits.biased:
+        why = f"{routing.method} has no correction bias in the kernel: it would be dropped"
+        yield Fault("bias_ignored", "bias", "true", "false", why)
+    if found.renormalizes and not routing.renormalize:
+        why = f"under {routing.method} the kernel always renormalizes"
+        yield Fault("renormalize", "renormalize", "false", "true", why)
+
+
+def tier(row: Row, ask: Ask) -> Faults:
+    """Sizes, version and expert range under the method."""
+    found, routing = _tier(row, ask), _routed_by_kernel(row, ask)
+    if found is None or routing is None:
+        return
+    if ask.library is not None:
+        why = f"{routing.method} is right only from there on"
+        yield from too_old(ask.library, found.since, why)
+    given, why = ask.spec.num_experts, f"the tiers of {routing.method} end there"
+    if given > found.max_experts:
+        bound = at_most(found.max_experts)
+        yield Fault("routing_experts", "num_experts", str(given), bound, why)
+    if routing.top_k > found.max_top_k:
+        bound = at_most(found.max_top_k)
+        yield Fault("routing_top_k", "top_k", str(routing.top_k), bound, why)
+    if found.whole and not ask.spec.complete:
+        why = "with a range of experts the kernel takes global ids for local ones"
+        given_range = f"{ask.spec.expert_begin}-{ask.spec.expert_end - 1}"
+        everything = f"0-{ask.spec.num_experts - 1}"
+        yield Fault("routing_range", "experts", given_range, everything, why)
+
+
+def scale(row: Row, ask: Ask) -> Faults:
+    found, routing = _tier(row, ask), _routed_by_kernel(row, ask)
+    if found is None or routing is None or routing.routed_scaling_factor == 1.0:
+        return
+    facts = ask.library.facts if ask.library else frozenset()
+    if found.scale and (found.scale_fact is None or found.scale_fact in facts):
+        return
+    why = f"the kernel ignores the scale under {routing.method}; a routed plan applies it"
+    given = str(routing.routed_scaling_factor)
+    yield Fault("scale_ignored", "routed_scaling_factor", given, "1.0", why)
+
+
+def eps(row: Row, ask: Ask) -> Faults:
+    routing = _routed_by_kernel(row, ask)
+    if routing is not None and routing.eps is not None and routing.eps > KERNEL_EPS:
+        why = "the kernel's own epsilon gives other weights when all scores are small"
+        yield Fault("eps", "eps", str(routing.eps), at_most_number(KERNEL_EPS), why)
+
+
+def groups(row: Row, ask: Ask) -> Faults:
+    """What the grouped kernel bounds; a method without groups has none of them."""
+    routing, found = _routed_by_kernel(row, ask), _tier(row, ask)
+    if routing is None or routing.n_group is None or not routing.grouped or found is None:
+        return
+    if not found.grouped:
+        why = f"{routing.method} has no groups in the kernel"
+        yield Fault("groups", "n_group", str(routing.n_group), at_most(1), why)
+        return
+    experts, chosen = ask.spec.num_experts, routing.topk_group or 1
+    if routing.n_group > MAX_GROUPS:
+        why = "the grouped kernel has no more"
+        yield Fault("n_group", "n_group", str(routing.n_group), at_most(MAX_GROUPS), why)
+    if experts > routing.n_group * MAX_EXPERTS_A_GROUP:
+        why = f"a group of the kernel has at most {MAX_EXPERTS_A_GROUP} experts"
+        bound = at_most(routing.n_group * MAX_EXPERTS_A_GROUP)
+        yield Fault("group_size", "num_experts", str(experts), bound, why)
+    if chosen > MAX_TOPK_GROUP:
+        why = "the grouped kernel chooses no more"
+        yield Fault("topk_group", "topk_group", str(chosen), at_most(MAX_TOPK_GROUP), why)
+    if routing.top_k >= chosen * experts // routing.n_group:
+        why = "the launcher wants fewer than the chosen groups hold"
+        bound = at_most(chosen * experts // routing.n_group - 1)
+        yield Fault("group_top_k", "top_k", str(routing.top_k), bound, why)
+
+
+def group_rules(row: Row, ask: Ask) -> Faults:
+    """How a family chooses groups and fills the others."""
+    routing = _routed_by_kernel(row, ask)
+    if routing is None or not routing.grouped:
+        return
+    fill = routing.group_fill
+    if fill is not None and fill != -math.inf:
+        why = "the kernel gives experts outside the chosen groups no chance at all"
+        yield Fault("group_fill", "group_fill", str(fill), "-inf", why)
+    if routing.group_score != "top2":
+        why = "the kernel scores a group by the sum of its two best"
+        yield Fault("group_score", "group_score", routing.group_score, "top2", why)
+
+
+def at_most_number(bound: float) -> str:
+    return f"<= {bound}"
+
+
+def _routed_by_kernel(row: Row, ask: Ask) -> RoutingSpec | None:
+    """The layer's routing if this row would route such a call by itself."""
+    if row.mode is not PlanMode.MONOLITHIC or ask.form.routing is not RoutingForm.LOGITS:
+        return None
+    return ask.spec.routing
+
+
+def _tier(row: Row, ask: Ask) -> Tier | None:
+    """The tier for the layer's method, the grouped one for groups if there is one."""
+    routing = _routed_by_kernel(row, ask)
+    tiers = row.routing.get(routing.method, ()) if routing else ()
+    grouped = routing is not None and routing.grouped
+    return next((one for one in tiers if one.grouped == grouped), tiers[0] if tiers else None)
+
+
+CHECKS: tuple[Check, ...] = (exact, method, settings, tier, scale, eps, groups, group_rules)

@@ -1,0 +1,99 @@
+"""expertd explain: which kernels can run a layer, why others cannot, and what to change."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from expertd.capability.device import DeviceInfo, device_named
+from expertd.capability.explain import explain
+from expertd.capability.spec import call_form, parse_spec
+from expertd.cli.capabilities import COLOURS, add_device_arguments
+from expertd.core import LayerSpec
+from expertd.errors import InvalidArgument
+from expertd.weights.checkpoint import Checkpoint
+from expertd.weights.layers import layer_specs, ranges
+
+NO_PLAN = 3
+Answer = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint's directory")
+    what.add_argument("--spec", metavar="JSON", help="a layer as a JSON object")
+    parser.add_argument("--layer", type=int, metavar="N", help="only this layer of the model")
+    parser.add_argument("--backend", default="", metavar="NAME", help="only this backend")
+    add_device_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    device = device_named(args.device, args.flashinfer)
+    backend = "" if args.backend == "auto" else args.backend
+    if args.spec is not None:
+        answers = [_of_spec(args.spec, device, backend)]
+        shown: Answer = answers[0]
+    else:
+        answers = _of_model(args.model, args.layer, device, backend)
+        shown = answers[0] if args.layer is not None else {"layers": answers}
+    if args.json:
+        print(json.dumps(shown, indent=1))
+    else:
+        for answer in answers:
+            show(answer, device, Console())
+    return 0 if all(answer["plans"] for answer in answers) else NO_PLAN
+
+
+def _of_spec(text: str, device: DeviceInfo, backend: str) -> Answer:
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"--spec is not JSON: {error}") from None
+    described = parse_spec(given)
+    return explain(described.spec, described.form(backend), device)
+
+
+def _of_model(path: Path, layer: int | None, device: DeviceInfo, backend: str) -> list[Answer]:
+    """One answer for each kind of layer, under the numbers of those layers."""
+    wanted = None if layer is None else frozenset({layer})
+    alike: dict[LayerSpec, list[int]] = {}
+    for number, spec in layer_specs(Checkpoint.open(path), wanted).items():
+        alike.setdefault(spec, []).append(number)
+    return [
+        {"layers": ranges(numbers), **explain(spec, call_form(spec, backend=backend), device)}
+        for spec, numbers in alike.items()
+    ]
+
+
+def show(answer: Answer, device: DeviceInfo, console: Console) -> None:
+    """The tables for a person, and the line that says what to change."""
+    layers = f"layers {answer['layers']}, " if "layers" in answer else ""
+    flashinfer = device.flashinfer or "absent"
+    title = f"{layers}routing {answer['routing_method']} on {device.arch}, FlashInfer {flashinfer}"
+    console.print(_plans(answer, title))
+    console.print(_rejections(answer))
+    if answer["advice"]:
+        console.print(f"[bold red]no plan:[/] {answer['advice']}")
+
+
+def _plans(answer: Answer, title: str) -> Table:
+    table = Table("", "backend", "mode", "entry", "activations", "state", title=title)
+    for rank, plan in enumerate(answer["plans"], 1):
+        state = f"[{COLOURS[plan['state']]}]{plan['state']}[/]"
+        names = ("backend", "mode", "entry", "activation")
+        table.add_row(str(rank), *(plan[name] for name in names), state)
+    return table
+
+
+def _rejections(answer: Answer) -> Table:
+    table = Table("not usable", "mode", "why")
+    for entry in answer["rejected"]:
+        why = "\n".join(reason["text"] for reason in entry["reasons"])
+        table.add_row(f"{entry['backend']}\n{entry['entry']}", entry["mode"], why)
+    return table
