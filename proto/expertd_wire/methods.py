@@ -1,6 +1,7 @@
 """Names and numbers that a server and its clients must share."""
 
 SERVICE = "expertd_wire.v1.Experts"
+ADMIN_SERVICE = "expertd_wire.v1.Admin"
 FORWARD = f"/{SERVICE}/Forward"
 LIST_LAYERS = f"/{SERVICE}/ListLayers"
 GET_LAYER = f"/{SERVICE}/GetLayer"

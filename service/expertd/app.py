@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
 import threading
 import time
 from collections import Counter
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import uvicorn
 
 from expertd import __version__
 from expertd.capability.device import DeviceInfo, detect
@@ -21,18 +18,25 @@ from expertd.capability.rows import BACKENDS
 from expertd.config import Settings
 from expertd.engine.batcher import Budget
 from expertd.engine.engine import Engine, EngineOptions
-from expertd.engine.loader import Loader, ModelSource
-from expertd.engine.resident import LayerState, Resident, Residents
+from expertd.engine.loader import Loader
+from expertd.engine.resident import LayerState, Residents
 from expertd.errors import InvalidArgument
 from expertd.metrics import Metrics
+from expertd.sources import model_sources
+from expertd.steward import Steward
+from expertd.transport.admin import AdminService
+from expertd.transport.auth import Guard, read_tokens
 from expertd.transport.calls import Desk
+from expertd.transport.door import HttpDoor
+from expertd.transport.grpc_server import GrpcLimits, GrpcServer
 from expertd.transport.http import build_http
+from expertd.transport.http_forward import Ingress
+from expertd.transport.http_server import HttpLimits, HttpServer
 from expertd.transport.messages import capabilities
-from expertd.transport.native import ExpertsService, GrpcLimits, GrpcServer
-from expertd.weights.demo import write_demo
+from expertd.transport.native import ExpertsService
+from expertd.transport.tls import TlsFiles, check_tls
+from expertd_wire.methods import ADMIN_SERVICE, SERVICE
 from expertd_wire.v1 import experts_pb2 as pb
-
-log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEALTH_PERIOD_SECONDS = 0.05
@@ -46,54 +50,50 @@ class Addresses(NamedTuple):
 
 
 class App:
-    """One serving process: start() → wait until stop is set → stop()."""
+    """One serving process: start() → wait until it should stop → stop()."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self.settings = settings
+        self._stop = stop
         self._device = detect(settings.device)
         torch_device = _torch_device(self._device)
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
         self.residents = Residents()
         self.metrics = Metrics(self.residents, build_info(self._device))
+        self.metrics.cells(self._count_cells)
         self.engine = Engine(self.residents, torch_device, _options(settings), self.metrics)
         self.loader = Loader(self.residents, self._device, torch_device)
-        self.metrics.cells(self._count_cells)
-        limits = GrpcLimits(settings.max_message_bytes, settings.max_concurrent_calls)
-        desk = Desk("grpc", self.engine, self.metrics)
-        service = ExpertsService(desk, settings.max_message_bytes, self._capabilities)
-        self._grpc = GrpcServer(service, limits)
-        desk = Desk("http", self.engine, self.metrics)
-        self._http = HttpServer(build_http(desk, settings.max_message_bytes, self._capabilities))
-        self._stopping = threading.Event()
+        self.steward = Steward(self.loader, self.residents, stop.set)
+        guard, tls = _guard(settings), _tls(settings)
+        self._grpc = self._build_grpc(guard, tls)
+        self._http = self._build_http(guard, tls)
 
     def start(self) -> Addresses:
-        """Binds, opens the checkpoints and begins to load; raises ExpertdError or OSError."""
-        sources = [(source, self.loader.announce(source)) for source in _sources(self.settings)]
+        """Binds, opens the checkpoints and begins to load; raises ExpertdError."""
         for name, hidden in self.settings.identity:
             self.loader.add_identity(name, int(hidden))
         host = self.settings.host
-        http_port = self._http.bind(host, self.settings.http_port)
+        http_port = _bound(self._http.bind, host, self.settings.http_port)
         grpc_port = _bound(self._grpc.bind, host, self.settings.grpc_port)
+        self.steward.start(model_sources(self.settings))
         self.engine.start()
         self._grpc.start()
         self._http.start()
-        threading.Thread(target=self._load, args=(sources,), name="loader", daemon=True).start()
         threading.Thread(target=self._watch, name="health", daemon=True).start()
         return Addresses(f"{host}:{http_port}", f"{host}:{grpc_port}")
 
-    def wait_ready(self, stop: threading.Event) -> bool:
-        """Waits until every layer is ready; False if one failed or stop was set."""
-        while not stop.is_set():
+    def wait_ready(self) -> bool:
+        """Waits until every layer is ready; False if one failed or the process should stop."""
+        while not self._stop.wait(HEALTH_PERIOD_SECONDS):
             if not self.engine.missing():
                 return True
             if any(r.state is LayerState.FAILED for r in self.residents.all()):
                 return False
-            time.sleep(HEALTH_PERIOD_SECONDS)
         return False
 
     def stop(self) -> bool:
         """Not ready → answer what was accepted → down; True if all was answered in time."""
-        self._stopping.set()
+        self._stop.set()
         self.metrics.drain()
         self._grpc.set_serving(False)
         begin = time.monotonic()
@@ -103,14 +103,34 @@ class App:
         self._http.stop()
         return drained
 
-    def _load(self, sources: list[tuple[ModelSource, list[Resident]]]) -> None:
-        for source, residents in sources:
-            self.loader.load(source, residents)
+    def _build_grpc(self, guard: Guard, tls: TlsFiles | None) -> GrpcServer:
+        chosen = self.settings
+        limits = GrpcLimits(
+            max_message_bytes=chosen.max_message_bytes,
+            max_concurrent_calls=chosen.max_concurrent_calls,
+            max_stream_calls=chosen.max_stream_calls,
+            max_header_bytes=chosen.max_header_bytes,
+        )
+        desk = Desk("grpc", self.engine, self.metrics)
+        services = {
+            SERVICE: ExpertsService(desk, limits, self._capabilities).handlers(),
+            ADMIN_SERVICE: AdminService(self.steward).handlers(),
+        }
+        return GrpcServer(services, limits, guard, tls)
+
+    def _build_http(self, guard: Guard, tls: TlsFiles | None) -> HttpServer:
+        chosen = self.settings
+        desk = Desk("http", self.engine, self.metrics)
+        ingress = Ingress(chosen.max_message_bytes, chosen.ingress_bytes)
+        limits = HttpLimits(chosen.max_header_bytes, chosen.header_seconds)
+        hosts = frozenset((*LOOPBACK, chosen.host, *(chosen.allow_host or ())))
+        door = HttpDoor(build_http(desk, ingress, self._capabilities), guard, hosts)
+        return HttpServer(door, limits, tls)
 
     def _watch(self) -> None:
         """Keeps grpc.health.v1 equal to what /readyz says."""
         serving = False
-        while not self._stopping.wait(HEALTH_PERIOD_SECONDS):
+        while not self._stop.wait(HEALTH_PERIOD_SECONDS):
             now = not self.engine.missing()
             if now is not serving:
                 serving = now
@@ -121,43 +141,6 @@ class App:
 
     def _count_cells(self) -> Iterable[tuple[str, int]]:
         return Counter(cell.state for cell in self._capabilities().cells).items()
-
-
-class HttpServer:
-    """uvicorn on a thread and a loop of its own."""
-
-    def __init__(self, application: object) -> None:
-        config = uvicorn.Config(
-            application,  # type: ignore[arg-type]
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=5,
-        )
-        self._server = uvicorn.Server(config)
-        self._socket: socket.socket | None = None
-        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
-
-    def bind(self, host: str, port: int) -> int:
-        """The port that was bound (port 0 chooses); raises InvalidArgument if it is taken."""
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _bound(lambda *address: self._socket.bind(address), host, port)  # type: ignore[union-attr]
-        return int(self._socket.getsockname()[1])
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
-
-    def _run(self) -> None:
-        assert self._socket is not None, "bind() comes before start()"
-        self._server.run(sockets=[self._socket])
 
 
 def build_info(device: DeviceInfo) -> dict[str, str]:
@@ -172,15 +155,25 @@ def build_info(device: DeviceInfo) -> dict[str, str]:
 
 def check_settings(settings: Settings) -> None:
     """Raises InvalidArgument for settings that cannot be served together."""
-    if settings.host not in LOOPBACK:
+    for check in (_check_host, _check_backend, _check_models, _check_ingress, _check_tls):
+        check(settings)
+
+
+def _check_host(settings: Settings) -> None:
+    if settings.host not in LOOPBACK and settings.tokens is None:
         raise InvalidArgument(
-            f"--host {settings.host}: only {', '.join(LOOPBACK)} are accepted, because callers "
-            "cannot be told apart yet"
+            f"--host {settings.host}: without --tokens only {', '.join(LOOPBACK)} are accepted, "
+            "because callers could not be told apart"
         )
+
+
+def _check_backend(settings: Settings) -> None:
     if settings.backend not in ("auto", *BACKENDS):
-        raise InvalidArgument(
-            f"--backend {settings.backend}: accepted: auto, {', '.join(BACKENDS)}"
-        )
+        accepted = ", ".join(("auto", *BACKENDS))
+        raise InvalidArgument(f"--backend {settings.backend}: accepted: {accepted}")
+
+
+def _check_models(settings: Settings) -> None:
     if not (settings.model or settings.demo or settings.identity):
         raise InvalidArgument("nothing to serve; give --model NAME=PATH, --demo or --identity")
     names = [named.name for named in (*settings.model, *settings.identity)]
@@ -189,23 +182,35 @@ def check_settings(settings: Settings) -> None:
         raise InvalidArgument(f"model names are given twice: {', '.join(twice)}")
 
 
-def _sources(settings: Settings) -> list[ModelSource]:
-    paths = [(named.name, Path(named.value)) for named in settings.model]
-    if settings.demo:
-        paths.append(("demo", demo_path()))
-    layers = settings.layers
-    numbers = None if layers is None else frozenset(n for a, b in layers for n in range(a, b + 1))
-    experts = None if settings.experts is None else (settings.experts[0], settings.experts[1] + 1)
-    return [ModelSource(name, path, numbers, experts) for name, path in paths]
+def _check_ingress(settings: Settings) -> None:
+    """gRPC holds one message for each running call: all of them must fit."""
+    most = settings.max_concurrent_calls * settings.max_message_bytes
+    if most > settings.ingress_bytes:
+        raise InvalidArgument(
+            f"--max-concurrent-calls {settings.max_concurrent_calls} of --max-message-bytes "
+            f"{settings.max_message_bytes} may take {most} bytes, more than --ingress-bytes "
+            f"{settings.ingress_bytes}; lower the first two or raise the last"
+        )
 
 
-def demo_path() -> Path:
-    """The demo checkpoint in the user's cache directory, made if it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "expertd" / f"demo-{__version__}"
-    if not path.exists():
-        write_demo(path)
-    return path
+def _check_tls(settings: Settings) -> None:
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise InvalidArgument("--tls-cert and --tls-key belong together; give both or neither")
+    if settings.tls_client_ca and not settings.tls_cert:
+        raise InvalidArgument("--tls-client-ca needs --tls-cert and --tls-key")
+    if tls := _tls(settings):
+        check_tls(tls)
+
+
+def _tls(settings: Settings) -> TlsFiles | None:
+    if not (settings.tls_cert and settings.tls_key):
+        return None
+    ca = Path(settings.tls_client_ca) if settings.tls_client_ca else None
+    return TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), ca)
+
+
+def _guard(settings: Settings) -> Guard:
+    return Guard() if settings.tokens is None else read_tokens(Path(settings.tokens))
 
 
 def _options(settings: Settings) -> EngineOptions:
@@ -220,8 +225,8 @@ def _torch_device(device: DeviceInfo) -> torch.device:
     return torch.device("cpu") if device.kind == "cpu" else torch.device("cuda", device.index or 0)
 
 
-def _bound(bind: Callable[[str, int], int | None], host: str, port: int) -> int:
+def _bound(bind: Callable[[str, int], int], host: str, port: int) -> int:
     try:
-        return bind(host, port) or 0
+        return bind(host, port)
     except (OSError, RuntimeError) as error:
         raise InvalidArgument(f"cannot listen on {host}:{port}: {error}") from None

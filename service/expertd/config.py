@@ -116,13 +116,26 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("http_port", number(0, 65535), 8000, "HTTP port, 0 chooses one", "PORT"),
     Setting("grpc_port", number(0, 65535), 8001, "gRPC port, 0 chooses one", "PORT"),
     Setting("announce", one_of("text", "json"), "text", "what to print when ready", "text|json"),
+    Setting("tokens", str, None, "a file of bearer tokens: lines 'scope[,scope] token'", "FILE"),
+    Setting("tls_cert", str, None, "the server's certificate chain, PEM", "FILE"),
+    Setting("tls_key", str, None, "the certificate's key, PEM", "FILE"),
+    Setting("tls_client_ca", str, None, "clients need a certificate of this CA", "FILE"),
+    Setting("allow_host", str, (), "a Host that HTTP callers may name", "NAME", True),
+    Setting("model_root", str, None, "every model's path must lie under this", "DIR"),
+    Setting("log", one_of("text", "json"), "text", "how to log", "text|json"),
     Setting("drain_seconds", number(0, 3600, float), 30.0, "how long a drain may take", "SECONDS"),
     Setting("max_message_bytes", number(1 << 10, 1 << 31), 256 << 20, "largest request", "BYTES"),
     Setting("max_call_tokens", number(1, 1 << 24), 65536, "most rows of one call", "ROWS"),
     Setting("max_batch_tokens", number(1, 1 << 24), 8192, "most rows of one launch", "ROWS"),
     Setting("max_queued_tokens", number(1, 1 << 30), 65536, "most rows that wait", "ROWS"),
     Setting("max_queued_bytes", number(1 << 10, 1 << 40), 1 << 30, "most bytes that wait", "BYTES"),
-    Setting("max_concurrent_calls", number(1, 4096), 128, "most gRPC calls at once", "CALLS"),
+    Setting("max_concurrent_calls", number(1, 4096), 64, "most calls at once", "CALLS"),
+    Setting("max_stream_calls", number(1, 4096), 64, "most unanswered calls of a stream", "CALLS"),
+    Setting("max_header_bytes", number(1024, 1 << 20), 16384, "most headers of a call", "BYTES"),
+    Setting("header_seconds", number(1, 600, float), 10.0, "time to send HTTP headers", "SECONDS"),
+    Setting(
+        "ingress_bytes", number(1 << 20, 1 << 44), 16 << 30, "most bytes of all calls", "BYTES"
+    ),
     Setting("threads", number(0, 1024), 0, "CPU threads that compute, 0: cores - 1", "THREADS"),
 )
 
@@ -142,6 +155,13 @@ class Settings:
     http_port: int
     grpc_port: int
     announce: str
+    tokens: str | None
+    tls_cert: str | None
+    tls_key: str | None
+    tls_client_ca: str | None
+    allow_host: tuple[str, ...]
+    model_root: str | None
+    log: str
     drain_seconds: float
     max_message_bytes: int
     max_call_tokens: int
@@ -149,6 +169,10 @@ class Settings:
     max_queued_tokens: int
     max_queued_bytes: int
     max_concurrent_calls: int
+    max_stream_calls: int
+    max_header_bytes: int
+    header_seconds: float
+    ingress_bytes: int
     threads: int
 
 

@@ -220,3 +220,41 @@ class GetCapabilitiesReply(_message.Message):
     cells: _containers.RepeatedCompositeFieldContainer[Cell]
     drift: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, device: _Optional[str] = ..., flashinfer: _Optional[str] = ..., cells: _Optional[_Iterable[_Union[Cell, _Mapping]]] = ..., drift: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class LoadLayersRequest(_message.Message):
+    __slots__ = ("model", "layers")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class UnloadLayersRequest(_message.Message):
+    __slots__ = ("model", "layers")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, model: _Optional[str] = ..., layers: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LayerStatus(_message.Message):
+    __slots__ = ("model", "layer", "state", "detail")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    layer: int
+    state: str
+    detail: str
+    def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class LayerStatesReply(_message.Message):
+    __slots__ = ("layers",)
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedCompositeFieldContainer[LayerStatus]
+    def __init__(self, layers: _Optional[_Iterable[_Union[LayerStatus, _Mapping]]] = ...) -> None: ...

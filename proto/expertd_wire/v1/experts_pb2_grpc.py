@@ -40,6 +40,11 @@ class ExpertsStub(object):
                 request_serializer=expertd__wire_dot_v1_dot_experts__pb2.ForwardRequest.SerializeToString,
                 response_deserializer=expertd__wire_dot_v1_dot_experts__pb2.ForwardReply.FromString,
                 _registered_method=True)
+        self.ForwardStream = channel.stream_stream(
+                '/expertd_wire.v1.Experts/ForwardStream',
+                request_serializer=expertd__wire_dot_v1_dot_experts__pb2.ForwardRequest.SerializeToString,
+                response_deserializer=expertd__wire_dot_v1_dot_experts__pb2.ForwardReply.FromString,
+                _registered_method=True)
         self.ListLayers = channel.unary_unary(
                 '/expertd_wire.v1.Experts/ListLayers',
                 request_serializer=expertd__wire_dot_v1_dot_experts__pb2.ListLayersRequest.SerializeToString,
@@ -67,6 +72,13 @@ class ExpertsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForwardStream(self, request_iterator, context):
+        """Replies come in any order, by request id; an error belongs to its message, the stream lives on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListLayers(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -90,6 +102,11 @@ def add_ExpertsServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Forward': grpc.unary_unary_rpc_method_handler(
                     servicer.Forward,
+                    request_deserializer=expertd__wire_dot_v1_dot_experts__pb2.ForwardRequest.FromString,
+                    response_serializer=expertd__wire_dot_v1_dot_experts__pb2.ForwardReply.SerializeToString,
+            ),
+            'ForwardStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ForwardStream,
                     request_deserializer=expertd__wire_dot_v1_dot_experts__pb2.ForwardRequest.FromString,
                     response_serializer=expertd__wire_dot_v1_dot_experts__pb2.ForwardReply.SerializeToString,
             ),
@@ -135,6 +152,33 @@ class Experts(object):
             request,
             target,
             '/expertd_wire.v1.Experts/Forward',
+            expertd__wire_dot_v1_dot_experts__pb2.ForwardRequest.SerializeToString,
+            expertd__wire_dot_v1_dot_experts__pb2.ForwardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForwardStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/expertd_wire.v1.Experts/ForwardStream',
             expertd__wire_dot_v1_dot_experts__pb2.ForwardRequest.SerializeToString,
             expertd__wire_dot_v1_dot_experts__pb2.ForwardReply.FromString,
             options,
@@ -218,6 +262,167 @@ class Experts(object):
             '/expertd_wire.v1.Experts/GetCapabilities',
             expertd__wire_dot_v1_dot_experts__pb2.GetCapabilitiesRequest.SerializeToString,
             expertd__wire_dot_v1_dot_experts__pb2.GetCapabilitiesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AdminStub(object):
+    """What changes the server's state.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.LoadLayers = channel.unary_unary(
+                '/expertd_wire.v1.Admin/LoadLayers',
+                request_serializer=expertd__wire_dot_v1_dot_experts__pb2.LoadLayersRequest.SerializeToString,
+                response_deserializer=expertd__wire_dot_v1_dot_experts__pb2.LayerStatesReply.FromString,
+                _registered_method=True)
+        self.UnloadLayers = channel.unary_unary(
+                '/expertd_wire.v1.Admin/UnloadLayers',
+                request_serializer=expertd__wire_dot_v1_dot_experts__pb2.UnloadLayersRequest.SerializeToString,
+                response_deserializer=expertd__wire_dot_v1_dot_experts__pb2.LayerStatesReply.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/expertd_wire.v1.Admin/Drain',
+                request_serializer=expertd__wire_dot_v1_dot_experts__pb2.DrainRequest.SerializeToString,
+                response_deserializer=expertd__wire_dot_v1_dot_experts__pb2.LayerStatesReply.FromString,
+                _registered_method=True)
+
+
+class AdminServicer(object):
+    """What changes the server's state.
+    """
+
+    def LoadLayers(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadLayers(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AdminServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'LoadLayers': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadLayers,
+                    request_deserializer=expertd__wire_dot_v1_dot_experts__pb2.LoadLayersRequest.FromString,
+                    response_serializer=expertd__wire_dot_v1_dot_experts__pb2.LayerStatesReply.SerializeToString,
+            ),
+            'UnloadLayers': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadLayers,
+                    request_deserializer=expertd__wire_dot_v1_dot_experts__pb2.UnloadLayersRequest.FromString,
+                    response_serializer=expertd__wire_dot_v1_dot_experts__pb2.LayerStatesReply.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=expertd__wire_dot_v1_dot_experts__pb2.DrainRequest.FromString,
+                    response_serializer=expertd__wire_dot_v1_dot_experts__pb2.LayerStatesReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'expertd_wire.v1.Admin', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('expertd_wire.v1.Admin', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Admin(object):
+    """What changes the server's state.
+    """
+
+    @staticmethod
+    def LoadLayers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertd_wire.v1.Admin/LoadLayers',
+            expertd__wire_dot_v1_dot_experts__pb2.LoadLayersRequest.SerializeToString,
+            expertd__wire_dot_v1_dot_experts__pb2.LayerStatesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadLayers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertd_wire.v1.Admin/UnloadLayers',
+            expertd__wire_dot_v1_dot_experts__pb2.UnloadLayersRequest.SerializeToString,
+            expertd__wire_dot_v1_dot_experts__pb2.LayerStatesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/expertd_wire.v1.Admin/Drain',
+            expertd__wire_dot_v1_dot_experts__pb2.DrainRequest.SerializeToString,
+            expertd__wire_dot_v1_dot_experts__pb2.LayerStatesReply.FromString,
             options,
             channel_credentials,
             insecure,

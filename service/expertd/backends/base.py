@@ -24,8 +24,8 @@ from expertd_wire.errors import Refusal
 class Batch:
     """The tensors of one launch, on the device; a backend writes every element of out.
 
-    rows [T, H] (float8_e4m3fn with row_scales [T, H/G] for fp8 rows); ids [T, K] int32 global, -1 for
-    "no expert"; weights [T, K] float32, scale included; logits [T, E] for monolithic rows;
+    rows [T, H] (float8_e4m3fn with row_scales [T, H/G] for fp8 rows); ids [T, K] int32 global, -1
+    for "no expert"; weights [T, K] float32, scale included; logits [T, E] for monolithic rows;
     out [T, H] in the reply's dtype.
     """
 

@@ -1,4 +1,4 @@
-"""Routed experts in plain torch: what reference and grouped share, but for the dtype they compute in."""
+"""Routed experts in plain torch: all that reference and grouped share, whatever their dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from expertd.weights.dequant import dequantize_to
 
 
 class TorchExperts(Backend):
-    """Rows sorted by expert, one GEMM per matrix of each active expert, weights as they are stored."""
+    """Rows sorted by expert, one GEMM per matrix of each active expert, weights as stored."""
 
     weights: ExpertWeights
 

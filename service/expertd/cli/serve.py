@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from expertd.config import Resolved, Settings, add_flags, resolve
+from expertd.logs import set_up
 
 if TYPE_CHECKING:
     from expertd.app import Addresses
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolve(args, os.environ)
     if args.print_config:
         return _print_config(resolved)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up(resolved.settings.log)
     # Compute threads must not spin while they wait; libgomp reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return serve(resolved.settings)
@@ -52,9 +52,9 @@ def serve(settings: Settings) -> int:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    app = App(settings)
+    app = App(settings, stop)
     addresses = app.start()
-    if app.wait_ready(stop):
+    if app.wait_ready():
         _announce(settings, addresses)
     elif not stop.is_set():
         print("expertd: not every layer is ready; /readyz says why", file=sys.stderr)

@@ -51,8 +51,8 @@ def fault_error(code: int, row: int, spec: LayerSpec) -> ExpertdError:
     held = f"{spec.expert_begin}-{spec.expert_end - 1}"
     top_k = spec.routing.top_k if spec.routing else 0
     texts = {
-        BAD_LOGITS: f"router_logits: row {row} has NaN or +inf, or fewer than {top_k} finite values "
-        "(-inf masks an expert)",
+        BAD_LOGITS: f"router_logits: row {row} has NaN or +inf, or fewer than {top_k} finite "
+        "values (-inf masks an expert)",
         OUT_OF_RANGE: f"topk_ids: row {row} has an id outside 0..{spec.num_experts - 1} "
         "(-1 means no expert)",
         DUPLICATE: f"topk_ids: row {row} names an expert twice; add its weights into one entry",

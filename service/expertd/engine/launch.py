@@ -26,7 +26,7 @@ Answer = ForwardReply | ExpertdError
 def launch(
     staging: Staging, backend: Backend, tickets: Sequence[Ticket]
 ) -> tuple[list[Answer], BatchReport]:
-    """Runs calls of one key in one launch; a faulty call gets its error, the others their replies."""
+    """Runs calls of one key in one launch; a faulty call gets its error, others their replies."""
     started = time.monotonic_ns()
     resident, form = tickets[0].resident, tickets[0].form
     batch, codes_T = _stage_in(staging, tickets, form, resident)

@@ -56,19 +56,37 @@ class Loader:
         self._residents.add(resident)
 
     def announce(self, source: ModelSource) -> list[Resident]:
-        """Opens a checkpoint and makes its layers known as loading; raises what is wrong with it."""
+        """Opens a checkpoint and makes its layers known; raises what is wrong with it."""
+        self._residents.add_model(source.name)
         checkpoint = Checkpoint.open(source.path)
         specs = layer_specs(checkpoint, source.layers, source.experts)
-        found = [Resident(source.name, n, spec, self._device) for n, spec in specs.items()]
+        found = [self._renewed(source.name, number, spec) for number, spec in specs.items()]
         for resident in found:
             self._residents.add(resident)
         return found
 
     def load(self, source: ModelSource, residents: list[Resident]) -> None:
         """Loads announced layers one after the other."""
-        checkpoint = Checkpoint.open(source.path)
+        try:
+            checkpoint = Checkpoint.open(source.path)
+        except ExpertdError as error:
+            for resident in residents:
+                self._fail(resident, str(error))
+            return
         for resident in residents:
             self._load_one(checkpoint, resident)
+
+    def unload(self, residents: list[Resident]) -> None:
+        """Forgets the weights; a batch that runs holds its own reference until it ends."""
+        for resident in residents:
+            resident.state, resident.detail = LayerState.UNLOADED, "unloaded by an operator"
+            self._forget(resident)
+
+    def _renewed(self, model: str, layer: int, spec: LayerSpec) -> Resident:
+        """A fresh resident that goes on counting generations where its predecessor stopped."""
+        before = self._residents.find(model, layer)
+        generation = before.generation if before else 0
+        return Resident(model, layer, spec, self._device, generation=generation)
 
     def _load_one(self, checkpoint: Checkpoint, resident: Resident) -> None:
         try:
@@ -89,8 +107,11 @@ class Loader:
 
     def _fail(self, resident: Resident, why: str) -> None:
         resident.state, resident.detail = LayerState.FAILED, why
-        resident.weights, resident.bias, resident.backends = None, None, {}
+        self._forget(resident)
         log.error("layer %s failed: %s", resident.name, why)
+
+    def _forget(self, resident: Resident) -> None:
+        resident.weights, resident.bias, resident.backends, resident.plans = None, None, {}, {}
 
     def _build_backends(self, resident: Resident) -> None:
         """Every backend whose row accepts the layer on this device, ready to run."""

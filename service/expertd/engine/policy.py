@@ -34,7 +34,8 @@ def choose(queue: Sequence[W], max_batch_tokens: int) -> list[W]:
     if not queue:
         return []
     ordered = sorted(queue, key=lambda waiting: (-waiting.priority, waiting.arrived_ns))
-    lead, batch, tokens = ordered[0], [], 0
+    lead, tokens = ordered[0], 0
+    batch: list[W] = []
     for waiting in ordered:
         if waiting.key != lead.key:
             continue

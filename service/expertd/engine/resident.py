@@ -90,6 +90,10 @@ class Residents:
             raise NotFound(f"model {model!r} has no layer {layer}; it has {_listed(layers)}")
         return resident
 
+    def find(self, model: str, layer: int) -> Resident | None:
+        """The layer, if there is one."""
+        return self._models.get(model, {}).get(layer)
+
     def of(self, model: str) -> dict[int, Resident]:
         """The layers of a model by number; raises NotFound naming the models there are."""
         layers = self._models.get(model)

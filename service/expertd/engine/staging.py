@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd.engine.ticket import Ticket
@@ -64,7 +65,7 @@ class Staging:
         self._buffers = {name: StagingBuffer(device) for name in self.FIELDS}
 
     def stage(self, name: str, tickets: Sequence[Ticket]) -> Tensor | None:
-        """One field of all tickets as one tensor; None if the calls have none (they are of one form)."""
+        """One field of all tickets as one tensor; None if calls of their form have none."""
         found = [self.FIELDS[name](ticket) for ticket in tickets]
         present = [tensor for tensor in found if tensor is not None]
         if not present:
@@ -75,4 +76,5 @@ class Staging:
 
 def host_bytes(out_TH: Tensor) -> memoryview:
     """The bytes of a result, row-major, in host memory."""
-    return memoryview(out_TH.contiguous().cpu().view(torch.uint8).numpy().reshape(-1))
+    flat: NDArray[np.uint8] = out_TH.contiguous().cpu().view(torch.uint8).numpy().reshape(-1)
+    return flat.data

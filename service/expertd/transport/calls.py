@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from expertd.engine.engine import Engine
 from expertd.engine.ticket import Ticket
-from expertd.errors import ExpertdError, InvalidArgument
+from expertd.errors import ExpertdError, InvalidArgument, Unavailable
 from expertd.metrics import NO_PLAN, Metrics
 from expertd_wire.errors import REASONS
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+
+REJECTIONS = {
+    "TOO_LARGE": "too_large",
+    "OVERLOADED": "queue_full",
+    "DEADLINE_EXCEEDED": "deadline",
+    "CANCELLED": "cancelled",
+}
+"""Reasons of errors that count as rejections, with their names in the metrics."""
 
 
 @dataclass(slots=True)
@@ -24,8 +36,10 @@ class Record:
     """What the metrics will say of a call; carriers fill it in as they learn it."""
 
     model: str = ""
+    request_id: str = ""
     plan: tuple[str, str] = NO_PLAN
     code: str = "OK"
+    begin_ns: int = field(default_factory=time.perf_counter_ns)
 
 
 class Desk:
@@ -36,26 +50,43 @@ class Desk:
         self.engine = engine
         self.metrics = metrics
 
+    def begin(self) -> Record:
+        """A call has arrived; end() must follow."""
+        self.metrics.started()
+        return Record()
+
+    def end(self, record: Record) -> None:
+        """A call has been answered, well or badly."""
+        spent = time.perf_counter_ns() - record.begin_ns
+        self.metrics.finished(record.model, self.carrier, record.plan, record.code, spent)
+
+    def fail(self, record: Record, error: ExpertdError) -> None:
+        """Notes how a call failed, and whether that was a rejection."""
+        record.code = error.wire.grpc
+        known = {"request_id": record.request_id, "carrier": self.carrier, "code": record.code}
+        log.info("a call failed: %s", error.reason, extra=known)
+        draining = isinstance(error, Unavailable) and self.engine.draining
+        if reason := REJECTIONS.get(error.reason, "draining" if draining else ""):
+            self.metrics.rejected(reason)
+
     @contextmanager
     def recorded(self) -> Iterator[Record]:
         """Counts and times one call, whatever becomes of it."""
-        record, begin = Record(), time.perf_counter_ns()
-        self.metrics.started()
+        record = self.begin()
         try:
             yield record
         except ExpertdError as error:
-            record.code = error.wire.grpc
+            self.fail(record, error)
             raise
         except BaseException:
             record.code = REASONS["INTERNAL"].grpc
             raise
         finally:
-            spent = time.perf_counter_ns() - begin
-            self.metrics.finished(record.model, self.carrier, record.plan, record.code, spent)
+            self.end(record)
 
     def submit(self, record: Record, call: ForwardCall, deadline: float | None) -> Ticket:
         """Queues a decoded call; raises what Engine.submit does."""
-        record.model = call.model
+        record.model, record.request_id = call.model, call.request_id
         return self.engine.submit(call, self.carrier, deadline)
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from expertd.capability.device import DeviceInfo
-from expertd.capability.explain import capability_report
 from expertd.capability.plan import Plan
+from expertd.capability.report import CellReport, cell_reports
 from expertd.core import Activation, RoutingSpec
 from expertd.engine.choice import likely_plans
 from expertd.engine.resident import Resident, Residents
@@ -80,10 +80,12 @@ def _routing_info(routing: RoutingSpec, resident: Resident) -> pb.RoutingInfo:
 
 def capabilities(device: DeviceInfo) -> pb.GetCapabilitiesReply:
     """Every cell of the table on this device, with its state and why."""
-    found = capability_report(device)
     return pb.GetCapabilitiesReply(
-        device=found["device"],
-        flashinfer=found["flashinfer"] or "",
-        cells=[pb.Cell(**cell) for cell in found["cells"]],
-        drift=found["drift"],
+        device=device.arch,
+        flashinfer=device.flashinfer or "",
+        cells=[_cell(report) for report in cell_reports(device)],
     )
+
+
+def _cell(report: CellReport) -> pb.Cell:
+    return pb.Cell(**report.cell._asdict(), state=report.state, why=report.why)

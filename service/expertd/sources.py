@@ -1,0 +1,43 @@
+"""Which checkpoints a process may load: the operator's models, within --model-root."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from expertd import __version__
+from expertd.config import Settings
+from expertd.engine.loader import ModelSource
+from expertd.errors import InvalidArgument
+from expertd.weights.demo import write_demo
+
+
+def model_sources(settings: Settings) -> list[ModelSource]:
+    """Every configured checkpoint; raises InvalidArgument for a path outside --model-root."""
+    paths = [(named.name, Path(named.value)) for named in settings.model]
+    for name, path in paths:
+        check_root(settings, name, path)
+    if settings.demo:
+        paths.append(("demo", demo_path()))
+    layers = settings.layers
+    numbers = None if layers is None else frozenset(n for a, b in layers for n in range(a, b + 1))
+    experts = None if settings.experts is None else (settings.experts[0], settings.experts[1] + 1)
+    return [ModelSource(name, path, numbers, experts) for name, path in paths]
+
+
+def check_root(settings: Settings, name: str, path: Path) -> None:
+    """Raises InvalidArgument if the path, links resolved, leads out of --model-root."""
+    if settings.model_root is None:
+        return
+    root = Path(settings.model_root).resolve()
+    if not path.resolve().is_relative_to(root):
+        raise InvalidArgument(f"model {name}: {path} does not lie under --model-root {root}")
+
+
+def demo_path() -> Path:
+    """The demo checkpoint in the user's cache directory, made if it is not there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache / "expertd" / f"demo-{__version__}"
+    if not path.exists():
+        write_demo(path)
+    return path

@@ -1,0 +1,91 @@
+"""The door of both servers: who comes in is decided here, before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+
+from expertd.errors import ExpertdError, PermissionDenied
+from expertd.transport.auth import GRPC_SCOPES, HTTP_SCOPES, Guard, scope_for
+from expertd.transport.interceptors import http_error
+from expertd_wire.methods import STATUS_KEY
+from expertd_wire.status import pack_status
+
+ASGIMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[ASGIMessage]]
+Send = Callable[[ASGIMessage], Awaitable[None]]
+ASGIApp = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+class GrpcDoor(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Refuses gRPC calls whose token does not reach."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        headers = dict(details.invocation_metadata or ())
+        presented = headers.get("authorization", "")
+        try:
+            self._guard.allow(scope_for(GRPC_SCOPES, details.method), str(presented))
+        except ExpertdError as error:
+            return _refusal(error)
+        return continuation(details)
+
+
+def _refusal(error: ExpertdError) -> grpc.RpcMethodHandler:
+    """A handler that answers every call with this error, without reading it."""
+
+    def refuse(request: Any, context: grpc.ServicerContext) -> None:
+        context.set_trailing_metadata(((STATUS_KEY, pack_status(error.reason, str(error))),))
+        context.abort(getattr(grpc.StatusCode, error.wire.grpc), str(error))
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+class HttpDoor:
+    """Refuses HTTP requests whose token, Host or Origin does not reach."""
+
+    def __init__(self, app: ASGIApp, guard: Guard, hosts: frozenset[str]) -> None:
+        self._app = app
+        self._guard = guard
+        self._hosts = hosts
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
+        try:
+            presented = headers.get("authorization", b"").decode("latin-1")
+            self._guard.allow(scope_for(HTTP_SCOPES, scope["path"]), presented)
+            if scope["method"] not in SAFE_METHODS:
+                self._check_origin(headers)
+        except ExpertdError as error:
+            return await http_error(error)(scope, receive, send)
+        return await self._app(scope, receive, send)
+
+    def _check_origin(self, headers: dict[str, bytes]) -> None:
+        """A page of another site must not be able to post here through its visitor's browser."""
+        host = headers.get("host", b"").decode("latin-1")
+        if _name(f"//{host}") not in self._hosts:
+            accepted = ", ".join(sorted(self._hosts))
+            raise PermissionDenied(f"Host {host[:100]!r} is not this server; accepted: {accepted}")
+        origin = headers.get("origin", b"").decode("latin-1")
+        if origin and _name(origin) not in self._hosts:
+            raise PermissionDenied(f"Origin {origin[:100]!r} may not change anything here")
+
+
+def _name(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""

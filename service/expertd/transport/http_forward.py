@@ -1,0 +1,167 @@
+"""HTTP: POST /v1/forward, whose body and reply are safetensors."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import FastAPI, Header, Query, Request
+from fastapi.responses import Response
+
+from expertd.engine.ticket import Ticket
+from expertd.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    ExpertdError,
+    InvalidArgument,
+    Overloaded,
+    TooLarge,
+)
+from expertd.transport.calls import Desk, note_plan
+from expertd_wire.messages import ForwardCall, ForwardReply
+from expertd_wire.safetensors import decode_body, encode_body
+from expertd_wire.tensors import WireTensor
+
+FIELDS = ("hidden_states", "router_logits", "topk_ids", "topk_weights", "hidden_states_scale")
+"""The tensors a body may hold, by their names in ForwardRequest."""
+
+FACTS = ("backend", "mode", "entry", "queued_ns", "staged_ns", "computed_ns", "request_id")
+"""What the reply's metadata tells of the plan that ran."""
+
+
+@dataclass(slots=True)
+class Ingress:
+    """How many bytes one body and all bodies together may have; lives on the loop's thread."""
+
+    max_message_bytes: int
+    max_bytes: int
+    taken: int = 0
+
+    @asynccontextmanager
+    async def body(self, request: Request, deadline: float) -> AsyncIterator[bytes]:
+        """The whole body; raises TooLarge or Overloaded before anything of it is read."""
+        size = self._declared(request)
+        if self.taken + size > self.max_bytes:
+            raise Overloaded(
+                f"bodies of {self.taken} bytes are being read or answered (--ingress-bytes "
+                f"{self.max_bytes}); retry later or elsewhere"
+            )
+        self.taken += size
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                body = await self._read(request)
+            yield body
+        except TimeoutError:
+            raise DeadlineExceeded("the timeout passed before the body had arrived") from None
+        finally:
+            self.taken -= size
+
+    def _declared(self, request: Request) -> int:
+        """What the caller says it will send; an unknown length counts as the longest."""
+        text = request.headers.get("content-length", str(self.max_message_bytes))
+        if not text.isdecimal() or int(text[:20]) > self.max_message_bytes:
+            raise self._too_large(text[:20])
+        return int(text)
+
+    async def _read(self, request: Request) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > self.max_message_bytes:
+                raise self._too_large(str(size))
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _too_large(self, size: str) -> TooLarge:
+        most = self.max_message_bytes
+        return TooLarge(f"{size} bytes given, at most {most} accepted (--max-message-bytes)")
+
+
+def add_forward(app: FastAPI, desk: Desk, ingress: Ingress) -> None:
+    """Adds the route to the application."""
+
+    @app.post("/v1/forward")
+    async def forward(
+        request: Request,
+        model: str,
+        layer: int,
+        backend: str = "",
+        partial: bool = False,
+        reply_dtype: str = "",
+        hidden_states_format: str = "",
+        priority: int = 0,
+        timeout: Annotated[float, Query(gt=0, le=3600)] = 30.0,
+        x_request_id: Annotated[str, Header()] = "",
+    ) -> Response:
+        """Body and reply are safetensors; the plan and the times are in the reply's metadata."""
+        deadline = time.monotonic() + timeout
+        with desk.recorded() as record:
+            async with ingress.body(request, deadline) as body:
+                call = ForwardCall(
+                    model=model,
+                    layer=layer,
+                    partial=partial,
+                    backend=backend,
+                    reply_dtype=reply_dtype,
+                    hidden_states_format=hidden_states_format,
+                    priority=priority,
+                    request_id=x_request_id,
+                    **desk.timed("decode", lambda: _tensors(body)),
+                )
+                ticket = desk.submit(record, call, deadline)
+                reply = note_plan(record, await _answer(desk, request, ticket))
+            content = desk.timed("encode", lambda: _encode(reply))
+        return Response(content, media_type="application/octet-stream")
+
+
+def _tensors(body: bytes) -> dict[str, WireTensor]:
+    tensors, _ = decode_body(body)
+    if unknown := sorted(set(tensors) - set(FIELDS)):
+        shown = ", ".join(unknown[:5])[:200]
+        raise InvalidArgument(f"tensors {shown!r} given; accepted: {', '.join(FIELDS)}")
+    return tensors
+
+
+async def _answer(desk: Desk, request: Request, ticket: Ticket) -> ForwardReply:
+    """The reply; the ticket is taken back when the deadline passes or the caller leaves first."""
+    assert ticket.deadline is not None
+    answer = asyncio.wrap_future(ticket.future)
+    try:
+        return await _first(answer, _left(request), ticket.deadline - time.monotonic())
+    except ExpertdError:
+        desk.engine.cancel(ticket)
+        raise
+
+
+async def _first(
+    answer: asyncio.Future[ForwardReply], left: Awaitable[None], seconds: float
+) -> ForwardReply:
+    gone = asyncio.ensure_future(left)
+    try:
+        await asyncio.wait((answer, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        if gone.done():
+            raise Cancelled("the caller left")
+        raise DeadlineExceeded("the timeout passed before the answer was ready")
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+async def _left(request: Request) -> None:
+    """Returns when the caller closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+def _encode(reply: ForwardReply) -> bytes:
+    assert reply.output is not None
+    return encode_body(
+        {"output": reply.output}, {name: str(getattr(reply, name)) for name in FACTS}
+    )

@@ -1,0 +1,98 @@
+"""ForwardStream: many calls on one stream, answered in any order, each with its own errors."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import grpc
+
+from expertd.engine.ticket import Ticket
+from expertd.errors import ExpertdError
+from expertd.transport.calls import Record
+
+SLOT_POLL_SECONDS = 0.5
+
+
+class Entry(NamedTuple):
+    """One message of a stream: its record, and its ticket or the error that kept it from one."""
+
+    record: Record
+    ticket: Ticket | None
+    error: ExpertdError | None = None
+
+
+Submit = Callable[[bytes], Entry]
+Render = Callable[[Entry], bytes]
+
+
+class Stream:
+    """One caller's stream: a thread reads and submits, the handler's own thread writes replies."""
+
+    def __init__(
+        self, submit: Submit, cancel: Callable[[Ticket], None], render: Render, max_inflight: int
+    ) -> None:
+        self._submit = submit
+        self._cancel = cancel
+        self._render = render
+        self._answers: queue.SimpleQueue[Entry | int] = queue.SimpleQueue()
+        self._slots = threading.Semaphore(max_inflight)
+        self._open: set[Ticket] = set()
+        self._gone = threading.Event()
+
+    def run(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Replies until the caller has sent everything and got every answer."""
+        context.add_callback(self._leave)
+        args = (requests,)
+        threading.Thread(target=self._read, args=args, name="stream", daemon=True).start()
+        sent, expected = 0, None
+        while expected is None or sent < expected:
+            answer = self._answers.get()
+            if isinstance(answer, int):
+                expected = answer
+                continue
+            sent += 1
+            yield self._render(answer)
+            self._slots.release()
+
+    def _read(self, requests: Iterator[bytes]) -> None:
+        """Submits what arrives; at the end tells the writer how many answers there will be."""
+        count = 0
+        try:
+            for request in requests:
+                if not self._take_slot():
+                    return
+                count += 1
+                self._start(request)
+        except grpc.RpcError:
+            self._leave()  # the caller broke off: grpc raises this in the iterator
+        finally:
+            self._answers.put(count)
+
+    def _take_slot(self) -> bool:
+        while not self._slots.acquire(timeout=SLOT_POLL_SECONDS):
+            if self._gone.is_set():
+                return False
+        return True
+
+    def _start(self, request: bytes) -> None:
+        entry = self._submit(request)
+        if entry.ticket is None:
+            self._answers.put(entry)
+            return
+        self._open.add(entry.ticket)
+        entry.ticket.future.add_done_callback(lambda _: self._done(entry))
+
+    def _done(self, entry: Entry) -> None:
+        """Runs on the executor's thread: rendering is left to the writer's."""
+        assert entry.ticket is not None
+        self._open.discard(entry.ticket)
+        self._answers.put(entry)
+
+    def _leave(self) -> None:
+        """Takes back whatever still waits for a caller who has left."""
+        self._gone.set()
+        for ticket in list(self._open):
+            self._cancel(ticket)
