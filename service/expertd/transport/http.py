@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from swagger_ui_bundle import swagger_ui_path
 
 from expertd import __version__
+from expertd.capability.explain import explain_request
 from expertd.errors import ExpertdError, InvalidArgument, NotFound
 from expertd.transport import messages
 from expertd.transport.calls import Desk
@@ -54,6 +55,11 @@ def _add_questions(app: FastAPI, desk: Desk, capabilities: Question) -> None:
     @app.get("/v1/capabilities")
     def get_capabilities() -> dict[str, Any]:
         return to_json(capabilities())
+
+    @app.post("/v1/explain")
+    def post_explain(body: dict[str, Any]) -> dict[str, Any]:
+        """Which plans a layer would have, and why every other row has none; see expertd explain."""
+        return explain_request(body)
 
 
 def _add_health(app: FastAPI, desk: Desk) -> None:

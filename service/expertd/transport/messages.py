@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from expertd.capability import report
 from expertd.capability.device import DeviceInfo
 from expertd.capability.plan import Plan
-from expertd.capability.report import CellReport, cell_reports
 from expertd.core import Activation, RoutingSpec
 from expertd.engine.choice import likely_plans
 from expertd.engine.resident import Resident, Residents
@@ -80,12 +80,10 @@ def _routing_info(routing: RoutingSpec, resident: Resident) -> pb.RoutingInfo:
 
 def capabilities(device: DeviceInfo) -> pb.GetCapabilitiesReply:
     """Every cell of the table on this device, with its state and why."""
+    found = report.capabilities(device)
     return pb.GetCapabilitiesReply(
-        device=device.arch,
-        flashinfer=device.flashinfer or "",
-        cells=[_cell(report) for report in cell_reports(device)],
+        device=found["device"],
+        flashinfer=found["flashinfer"] or "",
+        cells=[pb.Cell(**cell) for cell in found["cells"]],
+        drift=found["drift"],
     )
-
-
-def _cell(report: CellReport) -> pb.Cell:
-    return pb.Cell(**report.cell._asdict(), state=report.state, why=report.why)
