@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -105,8 +106,17 @@ def test_deadlines_are_the_callers(client: Any, server: Server) -> None:
     default, given = server.deadlines
     assert default is not None and given is not None
     assert 0 < default <= 31 < given <= 510  # gRPC rounds up
-    with pytest.raises(DeadlineExceeded):
-        client.forward("demo", 0, ROWS, timeout=0)
+
+
+def test_a_server_that_hangs_ends_in_deadline_exceeded(client: Any, server: Server) -> None:
+    done = threading.Event()
+    server.answers[methods.FORWARD] = lambda request, context: b"" if done.wait(60) else b""
+    with pytest.raises(DeadlineExceeded) as failure:
+        client.forward("demo", 0, ROWS, timeout=0.05)
+    server.answers[methods.HEALTH_CHECK] = server.answers[methods.FORWARD]
+    assert client.health(timeout=0.05) is False
+    done.set()
+    assert failure.value.reason == "DEADLINE_EXCEEDED"
 
 
 def test_a_token_travels_as_a_bearer(server: Server, connect: Any) -> None:
