@@ -76,10 +76,11 @@ def _groups(method: RoutingMethod, meaning: Meaning, spec: RoutingSpec) -> Itera
     if not meaning.groups:
         text = f"{method} would choose from all groups"
         yield _mismatch("n_group", spec.n_group, "1 or none", text)
-    elif spec.group_score != "top2":
+        return
+    if spec.group_score != "top2":
         text = f"{method} compares groups by the sum of their two best"
         yield _mismatch("group_score", spec.group_score, "top2", text)
-    elif spec.group_fill not in (None, float("-inf")):
+    if spec.group_fill not in (None, float("-inf")):
         text = f"{method} never chooses from the other groups"
         yield _mismatch("group_fill", spec.group_fill, "-inf", text)
 
