@@ -37,6 +37,9 @@ def linear(first: str, second: str) -> Layout:
 PROJ = ("gate_proj", "up_proj", "down_proj")
 W132 = ("w1", "w3", "w2")
 MLP = (per_expert("mlp.experts", *PROJ), fused("mlp.experts"))
+# Where transformers' modules have a correction bias that releases call otherwise.
+GATE_BIAS = "mlp.gate.e_score_correction_bias"
+BLOCK_BIAS = "mlp.e_score_correction_bias"
 BLOCK_SPARSE = (per_expert("block_sparse_moe.experts", *W132), fused("mlp.experts"))
 
 # w13 rows that come in turns, and rules that need more than hidden_act.
@@ -54,13 +57,13 @@ WITHOUT_BIAS = (
     Family(
         model_types=(
             "cohere2_moe",
+            "deepseek_ocr2",
             "deepseek_v2",
             "flex_olmo",
             "flint",
             "hunyuan_v1_moe",
             "mellum",
             "mistral4",
-            "mistral_large4",
             "olmoe",
             "qwen2_moe",
             "qwen3_5_moe",
@@ -68,6 +71,7 @@ WITHOUT_BIAS = (
             "qwen3_next",
             "qwen3_omni_moe",
             "qwen4_exp",
+            "unlimited_ocr",
         ),
         layouts=MLP,
     ),
@@ -96,7 +100,10 @@ WITHOUT_BIAS = (
     ),
     Family(
         model_types=("aria",),
-        layouts=(transposed(linear("mlp.experts.fc1", "mlp.experts.fc2")),),
+        layouts=(
+            transposed(linear("mlp.experts.fc1", "mlp.experts.fc2")),
+            transposed(fused("mlp.experts")),
+        ),
         experts=Key("moe_num_experts"),
         width=Key("intermediate_size"),
     ),
@@ -109,11 +116,22 @@ WITHOUT_BIAS = (
         width=Key("intermediate_size"),
     ),
     Family(
-        model_types=("gpt_oss", "openai_privacy_filter"),
+        model_types=("gpt_oss",),
         layouts=(INTERLEAVED, transposed(INTERLEAVED)),
         activation=OAI,
         expert_bias=True,
         width=Key("intermediate_size"),
+    ),
+    Family(
+        model_types=("openai_privacy_filter",),
+        layouts=(transposed(fused("mlp.experts")),),
+        activation=OAI,
+        expert_bias=True,
+        width=Key("intermediate_size"),
+    ),
+    Family(
+        model_types=("mistral_large4",),
+        layouts=(per_expert("experts", *W132), fused("mlp.experts")),
     ),
     Family(
         model_types=("gemma4",),
@@ -131,6 +149,7 @@ WITH_BIAS = (
             "deepseek_v3",
             "deepseek_v32",
             "dots1",
+            "dots3_note",
             "glm4_moe",
             "glm4_moe_lite",
             "glm4v_moe",
@@ -141,47 +160,60 @@ WITH_BIAS = (
             "solar_open",
         ),
         layouts=MLP,
-        correction_bias="mlp.gate.e_score_correction_bias",
+        correction_bias=(GATE_BIAS,),
     ),
     Family(
         model_types=("glm5_next", "hy_v4"),
         layouts=MLP,
-        correction_bias="mlp.gate.e_score_correction_bias",
+        correction_bias=(GATE_BIAS,),
         activation=CLAMPED,
     ),
-    Family(model_types=("afmoe", "hy_v3"), layouts=MLP, correction_bias="mlp.expert_bias"),
+    Family(
+        model_types=("afmoe", "hy_v3"), layouts=MLP, correction_bias=("mlp.expert_bias", BLOCK_BIAS)
+    ),
     Family(
         model_types=("bailing_hybrid", "bailing_moe_v2"),
         layouts=MLP,
-        correction_bias="mlp.gate.expert_bias",
+        correction_bias=("mlp.gate.expert_bias", GATE_BIAS),
     ),
     Family(
         model_types=("ernie4_5_moe",),
         layouts=MLP,
-        correction_bias="mlp.moe_statics.e_score_correction_bias",
+        correction_bias=(
+            "mlp.moe_statics.e_score_correction_bias",
+            "mlp.gate.moe_statics.e_score_correction_bias",
+        ),
     ),
-    Family(model_types=("exaone_moe",), layouts=MLP, correction_bias="mlp.e_score_correction_bias"),
+    Family(
+        model_types=("exaone_moe",),
+        layouts=MLP,
+        correction_bias=("mlp.e_score_correction_bias", GATE_BIAS),
+    ),
     Family(
         model_types=("laguna",),
         layouts=MLP,
-        correction_bias="mlp.experts.e_score_correction_bias",
+        correction_bias=("mlp.experts.e_score_correction_bias", GATE_BIAS),
     ),
-    Family(model_types=("kolibri1",), layouts=MLP, correction_bias="moe.router.expert_bias"),
+    Family(
+        model_types=("kolibri1",),
+        layouts=MLP,
+        correction_bias=("moe.router.expert_bias", GATE_BIAS),
+    ),
     Family(
         model_types=("kimi_linear",),
         layouts=BLOCK_SPARSE,
-        correction_bias="block_sparse_moe.gate.e_score_correction_bias",
+        correction_bias=("block_sparse_moe.gate.e_score_correction_bias", GATE_BIAS),
     ),
     Family(
         model_types=("minimax_m2",),
         layouts=BLOCK_SPARSE,
-        correction_bias="block_sparse_moe.e_score_correction_bias",
+        correction_bias=("block_sparse_moe.e_score_correction_bias", BLOCK_BIAS),
         width=Key("intermediate_size"),
     ),
     Family(
         model_types=("minimax_m3", "minimax_m3_vl"),
         layouts=BLOCK_SPARSE,
-        correction_bias="block_sparse_moe.e_score_correction_bias",
+        correction_bias=("block_sparse_moe.e_score_correction_bias", GATE_BIAS),
         activation=OAI,
         width=Key("intermediate_size"),
     ),
@@ -190,15 +222,16 @@ WITH_BIAS = (
         layouts=(
             Layout("moe.gate_proj", "moe.up_proj", "moe.down_proj"),
             per_expert("moe.experts", *PROJ),
+            fused("mlp.experts"),
         ),
-        correction_bias="moe.router_bias",
+        correction_bias=("moe.router_bias", GATE_BIAS),
         activation=STEP,
         experts=Key("n_routed_experts", "moe_num_experts"),
     ),
     Family(
         model_types=("lfm2_moe",),
         layouts=(per_expert("feed_forward.experts", *W132), fused("feed_forward.experts")),
-        correction_bias="feed_forward.expert_bias",
+        correction_bias=("feed_forward.expert_bias",),
     ),
     Family(
         model_types=("nemotron_h",),
@@ -206,16 +239,16 @@ WITH_BIAS = (
             Layout("", "mixer.experts.{e}.up_proj", "mixer.experts.{e}.down_proj"),
             Layout("", "mixer.experts.up_proj", "mixer.experts.down_proj", suffix="parameter"),
         ),
-        correction_bias="mixer.gate.e_score_correction_bias",
+        correction_bias=("mixer.gate.e_score_correction_bias",),
         activation=ActivationRule(act=Key("mlp_hidden_act", default="relu2")),
         hidden=Key("moe_latent_size", "hidden_size"),
     ),
     Family(
         model_types=("deepseek_v4",),
         layouts=(per_expert("ffn.experts", *W132), fused("mlp.experts")),
-        correction_bias="ffn.gate.bias",
+        correction_bias=("ffn.gate.bias", GATE_BIAS),
         activation=replace(CLAMPED, limit=Key("swiglu_limit", default=10.0)),
-        hash_table="ffn.gate.tid2eid",
+        hash_table=("ffn.gate.tid2eid", "mlp.gate.tid2eid"),
     ),
 )
 
@@ -224,6 +257,11 @@ REFUSED = (
         model_types=("longcat_flash",),
         refusal="some of its experts are the identity, and the checkpoint has no matrices for them",
     ),
+    Family(
+        model_types=("ernie4_5_vl_moe",),
+        refusal="text and images have experts of their own, of different widths",
+    ),
+    Family(model_types=("inkling2",), refusal="its activation has a soft cap"),
     Family(model_types=("muse_spark",), refusal="its experts have a norm behind them"),
     Family(model_types=("zaya",), refusal="one of its experts is to skip the layer"),
     Family(

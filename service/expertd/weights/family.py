@@ -107,19 +107,20 @@ WIDTH = Key("moe_intermediate_size", "intermediate_size")
 class Family:
     """Where the experts of some model types are; other names are those below `layers.N.`.
 
-    hash_table is a tensor that only layers have whose experts are chosen by token id. refusal says
-    why experts of this kind cannot be served.
+    Where there are several names the first that a checkpoint has counts. hash_table is a tensor
+    that only layers have whose experts are chosen by token id. refusal says why experts of this
+    kind cannot be served.
     """
 
     model_types: tuple[str, ...]
     layouts: tuple[Layout, ...] = ()
-    correction_bias: str | None = None
+    correction_bias: tuple[str, ...] = ()
     activation: ActivationRule = ActivationRule()
     hidden: Key = Key("hidden_size")
     experts: Key = EXPERTS
     width: Key = WIDTH
     expert_bias: bool = False
-    hash_table: str | None = None
+    hash_table: tuple[str, ...] = ()
     refusal: str | None = None
 
 

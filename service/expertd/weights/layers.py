@@ -94,8 +94,8 @@ def layer_spec(model: Model, layer: int, experts: tuple[int, int] | None = None)
 
 def _routing(model: Model, layer: int) -> tuple[RoutingSpec | None, str | None]:
     """The layer's router, or why it takes top-k ids only."""
-    table = model.family.hash_table
-    if table is not None and model.prefix(layer) + table in model.checkpoint.tensors:
+    prefix, tensors = model.prefix(layer), model.checkpoint.tensors
+    if any(prefix + table in tensors for table in model.family.hash_table):
         return None, HASHED
     try:
         return family_routing(model.config, layer), None

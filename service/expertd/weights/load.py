@@ -43,7 +43,8 @@ def correction_bias(
     if spec.routing is None or not spec.routing.bias:
         return None
     checkpoint, prefix = model.checkpoint, model.prefix(layer)
-    name = f"{prefix}{model.family.correction_bias}"
+    names = [prefix + name for name in model.family.correction_bias]
+    name = next((n for n in names if n in checkpoint.tensors), names[0])
     bias = checkpoint.read(name).float().reshape(-1)
     if bias.shape != (spec.num_experts,) or not bias.isfinite().all():
         raise FailedPrecondition(

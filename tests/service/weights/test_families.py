@@ -1,0 +1,111 @@
+"""Every family: what is read is what the saved model's own experts hold and compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.service.weights.models import EXPERTS, HIDDEN, MODELS, TOP_K, Model, experts_of, save
+from torch import Tensor, nn
+
+from expertd.backends.activation import activate
+from expertd.core import LayerSpec
+from expertd.weights.canonical import ExpertWeights
+from expertd.weights.checkpoint import Checkpoint
+from expertd.weights.dequant import dequantize
+from expertd.weights.layers import layer_specs
+from expertd.weights.load import load_layer
+
+# Saved under the names of the released checkpoint, or of the module.
+FORMS = {"released": {}, "module": {"save_original_format": False}}
+
+# Their experts take every row of every expert instead of ids.
+DENSE = ("llama4",)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_a_saved_model_is_read_as_it_was(model: Model, form: str, tmp_path: Path) -> None:
+    built = model.build(seed=1)
+    checkpoint = Checkpoint.open(save(built, tmp_path / "m", **FORMS[form]))
+    specs = layer_specs(checkpoint)
+    modules = dict(experts_of(built))
+    assert specs.keys() == modules.keys() != set()
+    for layer, spec in specs.items():
+        weights, bias = load_layer(checkpoint, layer, spec, "cpu")
+        if spec.routing is not None:
+            assert_same_bias(bias, layer, built)
+        assert_same_weights(weights, modules[layer])
+        if model.model_type not in DENSE:
+            assert_same_results(spec, weights, modules[layer])
+
+
+def assert_same_bias(bias: Tensor | None, layer: int, model: nn.Module) -> None:
+    """The buffer that the model's router adds for its choice, if it has one."""
+    held = {
+        name: tensor.flatten()
+        for name, tensor in model.state_dict().items()
+        if f"layers.{layer}." in name and name.endswith(("correction_bias", "expert_bias"))
+    }
+    assert (bias is None) == (not held), held.keys()
+    for tensor in held.values():
+        assert bias is not None and torch.equal(bias, tensor)
+
+
+def assert_same_weights(weights: ExpertWeights, module: Any) -> None:
+    """Bit for bit, expert by expert."""
+    for expert in range(EXPERTS):
+        w13, w2 = dequantize(weights, expert)
+        assert torch.equal(w13, first(module, expert))
+        assert torch.equal(w2, oriented(module, module.down_proj[expert]))
+    if getattr(module, "has_bias", False):
+        assert weights.bias13 is not None and weights.bias2 is not None
+        gate, up = split(module, module.gate_up_proj_bias.T)
+        assert torch.equal(weights.bias13, torch.cat([up, gate]).T)
+        assert torch.equal(weights.bias2, module.down_proj_bias)
+
+
+def first(module: Any, expert: int) -> Tensor:
+    if not hasattr(module, "gate_up_proj"):
+        return oriented(module, module.up_proj[expert])
+    gate, up = split(module, oriented(module, module.gate_up_proj[expert]))
+    return torch.cat([up, gate])
+
+
+def oriented(module: Any, matrix: Tensor) -> Tensor:
+    """[out, in]; Llama4's module does not say that it holds [in, out]."""
+    said = getattr(module, "is_transposed", "Llama4" in type(module).__name__)
+    return matrix.T if said else matrix
+
+
+def split(module: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(gate, up) of the rows of a fused matrix."""
+    if getattr(module, "is_concatenated", True):
+        gate, up = rows.chunk(2)
+        return gate, up
+    return rows[::2], rows[1::2]
+
+
+def assert_same_results(spec: LayerSpec, weights: ExpertWeights, module: nn.Module) -> None:
+    """The module's own forward against the canonical weights and the spec's activation."""
+    rows = torch.randn(16, HIDDEN)
+    ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in rows])
+    shares = torch.rand(16, TOP_K)
+    with torch.no_grad():
+        expected = module(rows, ids, shares)
+    got = torch.zeros_like(rows)
+    for row, (chosen, share) in enumerate(zip(ids, shares, strict=True)):
+        for expert, factor in zip(chosen.tolist(), share, strict=True):
+            got[row] += factor * one(spec, weights, expert, rows[row])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def one(spec: LayerSpec, weights: ExpertWeights, expert: int, row: Tensor) -> Tensor:
+    w13, w2 = dequantize(weights, expert)
+    inner = w13 @ row
+    if weights.bias13 is not None:
+        inner = inner + weights.bias13[expert]
+    out = w2 @ activate(spec.activation, inner[None])[0]
+    return out if weights.bias2 is None else out + weights.bias2[expert]
