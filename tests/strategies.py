@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -100,8 +101,9 @@ def wire_call(**fields: Any) -> ForwardCall:
 def torch_tensor(tensor: WireTensor | None) -> Tensor:
     """What a wire tensor holds, in memory of its own."""
     assert tensor is not None
-    data = torch.frombuffer(bytearray(tensor.data), dtype=torch.uint8)
-    return data.view(getattr(torch, tensor.dtype)).view(tensor.shape)
+    out = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
+    out.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(tensor.data, np.uint8)
+    return out
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

@@ -17,6 +17,7 @@ from expertd.engine.staging import TORCH_DTYPES, Staging, host_bytes
 from expertd.engine.ticket import Ticket
 from expertd.errors import ExpertdError
 from expertd.routing.reference import route_for
+from expertd.weights.dequant import e8m0_to_float
 from expertd_wire.messages import ForwardReply
 from expertd_wire.tensors import WireTensor
 
@@ -74,10 +75,10 @@ def _stage_in(
 
 
 def _fp8_rows(rows: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows as float8_e4m3fn with float32 multipliers; e8m0 bytes are powers of two."""
+    """Rows as float8_e4m3fn with float32 multipliers."""
     assert scales is not None
     if scales.dtype == torch.uint8:
-        scales = torch.ldexp(torch.ones((), device=scales.device), scales.to(torch.int32) - 127)
+        scales = e8m0_to_float(scales)
     return rows.view(torch.float8_e4m3fn), scales
 
 

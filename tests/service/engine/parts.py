@@ -75,7 +75,10 @@ def resident(
 def running(
     *layers: Resident, reports: Reports | None = None, start: bool = True, **options: Any
 ) -> Iterator[Engine]:
-    """An engine over these layers; drained at the end."""
+    """An engine over these layers; drained at the end.
+
+    start=False leaves the start to the test, so that calls can queue up before it.
+    """
     residents = Residents()
     for layer in layers:
         residents.add(layer)
@@ -86,8 +89,6 @@ def running(
     try:
         yield engine
     finally:
-        if not start:
-            engine.start()
         engine.drain(10)
 
 
