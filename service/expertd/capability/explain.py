@@ -47,9 +47,15 @@ def advice(found: PlanSet) -> str:
     """One line for a person: the row that lacks least, and what it wants; empty with a plan."""
     if found.usable or not found.rejected:
         return ""
-    nearest = min(found.rejected, key=lambda entry: len(entry.refusals))
+    nearest = min(found.rejected, key=_distance)
     wants = "; ".join(f"{r.field}: {r.accepted} (is {r.given})" for r in nearest.refusals)
     return f"{nearest.row.backend} ({nearest.row.entry}, {nearest.row.mode}) would run with {wants}"
+
+
+def _distance(entry: Rejected) -> tuple[bool, int]:
+    """Rows that no caller can make usable are farthest; then fewer reasons are nearer."""
+    hopeless = any(reason.code in ("backend_absent", "layer_kind") for reason in entry.refusals)
+    return hopeless, len(entry.refusals)
 
 
 def _plan(usable: Plan) -> dict[str, str]:

@@ -36,7 +36,6 @@ class Tier:
 
     scale: the kernel applies routed_scaling_factor, if it shows the fact scale_fact (when named).
     needs_bias: the kernel reads a bias even when the layer has none, so a zero one is passed.
-    renormalizes: it divides by the sum of the chosen weights, whatever the layer says.
     whole: only for layers that hold all experts.
     """
 
@@ -46,7 +45,6 @@ class Tier:
     scale: bool = False
     scale_fact: str | None = None
     needs_bias: bool = False
-    renormalizes: bool = False
     whole: bool = False
     since: str | None = None
 

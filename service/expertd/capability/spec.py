@@ -16,12 +16,11 @@ from expertd.core import (
     QuantScheme,
     RoutingForm,
     RoutingMethod,
-    RoutingSpec,
 )
 from expertd.errors import InvalidArgument
-from expertd.routing.checks import check_spec
-from expertd.routing.derive import SCORINGS, derive_method
-from expertd.routing.methods import TRAITS
+from expertd.routing.declared import declared_routing
+from expertd.routing.derive import SCORINGS
+from expertd.routing.methods import UNKNOWABLE
 from expertd_wire.errors import Refusal
 
 LOGITS_DTYPES = ("float32", "bfloat16", "float16")
@@ -122,7 +121,7 @@ class Described:
 def call_form(spec: LayerSpec, logits_dtype: str = "float32", backend: str = "") -> CallForm:
     """The call that a layer is made for."""
     routing = spec.routing
-    if routing is not None and routing.method in TRAITS:
+    if routing is not None and routing.method not in UNKNOWABLE:
         return CallForm(RoutingForm.LOGITS, "bfloat16", logits_dtype=logits_dtype, backend=backend)
     top_k = routing.top_k if routing else 1
     return CallForm(
@@ -131,9 +130,13 @@ def call_form(spec: LayerSpec, logits_dtype: str = "float32", backend: str = "")
 
 
 def parse_spec(given: Any) -> Described:
-    """The layer that a JSON object describes; raises InvalidArgument with everything wrong."""
+    """The layer that a JSON object describes, null being the same as nothing.
+
+    Raises InvalidArgument with everything that is wrong.
+    """
     if not isinstance(given, Mapping):
         raise InvalidArgument(f"spec: a JSON object is wanted, with {', '.join(FIELDS)}")
+    given = {name: value for name, value in given.items() if value is not None}
     faults = list(_names(given))
     values: dict[str, Any] = {}
     for name in FIELDS.keys() & given.keys():
@@ -175,19 +178,11 @@ def _contradictions(values: Mapping[str, Any]) -> Iterable[Refusal]:
     begin, end = values.get("experts", (0, values["num_experts"]))
     if end > values["num_experts"]:
         yield _fault("experts", f"{begin}-{end - 1}", f"within 0-{values['num_experts'] - 1}")
-    method = values.get("routing")
-    if method in TRAITS and values.get("scoring", TRAITS[method].scoring) != TRAITS[method].scoring:
-        yield _fault("scoring", values["scoring"], f"{TRAITS[method].scoring} with {method}")
-    if values["top_k"] > values["num_experts"]:
-        yield _fault("top_k", values["top_k"], f"1..{values['num_experts']}")
 
 
 def _layer(values: Mapping[str, Any]) -> LayerSpec:
     experts = values["num_experts"]
     begin, end = values.get("experts", (0, experts))
-    routing = _routing(values)
-    if routing.method in TRAITS:
-        check_spec(routing, experts)
     return LayerSpec(
         hidden=values["hidden"],
         intermediate=values["intermediate"],
@@ -196,7 +191,7 @@ def _layer(values: Mapping[str, Any]) -> LayerSpec:
         expert_end=end,
         activation=_activation(values),
         quant=QuantScheme(values["quant"]),
-        routing=routing,
+        routing=declared_routing(values),
         expert_bias=values.get("expert_bias", False),
     )
 
@@ -204,30 +199,3 @@ def _layer(values: Mapping[str, Any]) -> LayerSpec:
 def _activation(values: Mapping[str, Any]) -> Activation:
     kind = ActivationKind(values.get("activation", "swiglu"))
     return Activation(kind, **{n: values.get(n, d) for n, d in PARAMETERS[kind].items()})
-
-
-def _routing(values: Mapping[str, Any]) -> RoutingSpec:
-    method = _method(values)
-    scoring = TRAITS[method].scoring if method in TRAITS else values.get("scoring", "none")
-    return RoutingSpec(
-        method=method,
-        scoring=scoring,
-        top_k=values["top_k"],
-        renormalize=values.get("renormalize", True),
-        n_group=values.get("n_group"),
-        topk_group=values.get("topk_group"),
-        routed_scaling_factor=values.get("routed_scaling_factor", 1.0),
-        weight_site="input" if method is RoutingMethod.LLAMA4 else "output",
-        bias=values.get("bias", False),
-    )
-
-
-def _method(values: Mapping[str, Any]) -> RoutingMethod:
-    if "routing" in values:
-        return RoutingMethod(values["routing"])
-    return derive_method(
-        values["scoring"],
-        renormalize=values.get("renormalize", True),
-        bias=values.get("bias", False),
-        n_group=values.get("n_group"),
-    )

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from expertd.capability.device import ARCHS, device_named
@@ -36,14 +37,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """The table for a person."""
-    title = f"{found['device']}, FlashInfer {found['flashinfer'] or 'absent'}"
-    table = Table("backend", "entry", "mode", "activations", "weights", "state", "why", title=title)
+    """The table for a person: cells of one entry that share a state and a reason share a line."""
+    alike: dict[tuple[str, ...], list[str]] = {}
     for cell in found["cells"]:
-        colour = COLOURS[cell["state"]]
-        names = ("backend", "entry", "mode", "activation_quant", "quant")
-        state = f"[{colour}]{cell['state']}[/]"
-        table.add_row(*(cell[name] for name in names), state, cell["why"])
+        key = tuple(cell[name] for name in ("backend", "entry", "mode", "state", "why"))
+        alike.setdefault(key, []).append(f"{cell['activation_quant']} x {cell['quant']}")
+    title = f"{found['device']}, FlashInfer {found['flashinfer'] or 'absent'}"
+    table = Table("entry", "activations x weights", "state", "why", title=title, show_lines=True)
+    for (backend, entry, mode, state, why), formats in alike.items():
+        name = f"[bold]{backend}[/]\n{entry}\n{mode}"
+        table.add_row(name, "\n".join(formats), f"[{COLOURS[state]}]{state}[/]", escape(why))
     console.print(table)
     for line in found["drift"]:
-        console.print(f"[yellow]drift[/] {line}")
+        console.print(f"[yellow]drift[/] {escape(line)}")

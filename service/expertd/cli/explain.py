@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from expertd.capability.device import DeviceInfo, device_named
@@ -92,8 +93,21 @@ def _plans(answer: Answer, title: str) -> Table:
 
 
 def _rejections(answer: Answer) -> Table:
-    table = Table("not usable", "mode", "why")
-    for entry in answer["rejected"]:
-        why = "\n".join(reason["text"] for reason in entry["reasons"])
-        table.add_row(f"{entry['backend']}\n{entry['entry']}", entry["mode"], why)
+    """The rows that lack least come first; rows with the same reasons share a line."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for entry in sorted(answer["rejected"], key=lambda entry: len(entry["reasons"])):
+        texts = tuple(reason["text"] for reason in entry["reasons"])
+        alike.setdefault((entry["backend"], *texts), []).append(_name(entry))
+    table = Table("not usable", "why", show_lines=True)
+    for (backend, *why), names in alike.items():
+        table.add_row("\n".join((f"[bold]{backend}[/]", *names)), "\n".join(map(_bullet, why)))
     return table
+
+
+def _name(entry: Answer) -> str:
+    twin = f"{entry['entry']}, {entry['activation']} activations"
+    return twin if entry["entry"] != entry["backend"] else f"{entry['activation']} activations"
+
+
+def _bullet(text: str) -> str:
+    return f"- {escape(text)}"

@@ -8,7 +8,7 @@ from expertd.capability.checks.fault import Ask, Check, Fault, at_most, listed
 from expertd.capability.formats import declared_activation
 from expertd.capability.row import Row
 from expertd.core import PlanMode, RoutingForm
-from expertd.routing.methods import TRAITS
+from expertd.routing.methods import UNKNOWABLE
 
 Faults = Iterator[Fault]
 
@@ -44,7 +44,7 @@ def logits_usable(row: Row, ask: Ask) -> Faults:
     if spec.routing is None:
         why = spec.routing_refusal or "the layer's own routing is not known: send top-k ids"
         yield Fault("no_routing", "routing_form", "logits", "topk", why)
-    elif spec.routing.method not in TRAITS:
+    elif spec.routing.method in UNKNOWABLE:
         why = f"only the caller knows what {spec.routing.method} computes: send top-k ids"
         yield Fault("no_routing", "routing_form", "logits", "topk", why)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from expertd.capability.checks.fault import Ask, Check, Fault, at_most, listed
@@ -14,7 +13,8 @@ from expertd.capability.rows.trtllm_routing import (
     MAX_TOPK_GROUP,
 )
 from expertd.core import PlanMode, RoutingForm, RoutingSpec
-from expertd.routing.methods import TRAITS
+from expertd.routing.kernel_ids import FLASHINFER_NAMES
+from expertd.routing.verify import reverify
 
 Faults = Iterator[Fault]
 
@@ -36,24 +36,18 @@ def method(row: Row, ask: Ask) -> Faults:
         why = "the kernel cannot route by that method"
         yield Fault("routing_method", "routing", routing.method, listed(row.routing), why)
     elif ask.library is not None:
-        yield from missing_member(ask.library, "RoutingMethodType", routing.method)
+        yield from missing_member(
+            ask.library, "RoutingMethodType", FLASHINFER_NAMES[routing.method]
+        )
 
 
 def settings(row: Row, ask: Ask) -> Faults:
-    """Whether the declared method really means these settings: what a kernel would get wrong."""
-    found, routing = _tier(row, ask), _routed_by_kernel(row, ask)
-    if found is None or routing is None:
+    """Whether a kernel that is told the declared method computes these settings."""
+    routing = _routed_by_kernel(row, ask)
+    if routing is None or routing.method not in row.routing:
         return
-    traits = TRAITS[routing.method]
-    if routing.scoring != traits.scoring:
-        why = f"{routing.method} scores by {traits.scoring}"
-        yield Fault("scoring", "scoring", routing.scoring, traits.scoring, why)
-    if routing.bias and not traits.biased:
-        why = f"{routing.method} has no correction bias in the kernel: it would be dropped"
-        yield Fault("bias_ignored", "bias", "true", "false", why)
-    if found.renormalizes and not routing.renormalize:
-        why = f"under {routing.method} the kernel always renormalizes"
-        yield Fault("renormalize", "renormalize", "false", "true", why)
+    for reason in reverify(routing.method, routing):
+        yield Fault(reason.code, reason.field, reason.given, reason.accepted, reason.text)
 
 
 def tier(row: Row, ask: Ask) -> Faults:
@@ -94,17 +88,13 @@ def eps(row: Row, ask: Ask) -> Faults:
     routing = _routed_by_kernel(row, ask)
     if routing is not None and routing.eps is not None and routing.eps > KERNEL_EPS:
         why = "the kernel's own epsilon gives other weights when all scores are small"
-        yield Fault("eps", "eps", str(routing.eps), at_most_number(KERNEL_EPS), why)
+        yield Fault("eps", "eps", str(routing.eps), f"<= {KERNEL_EPS}", why)
 
 
 def groups(row: Row, ask: Ask) -> Faults:
-    """What the grouped kernel bounds; a method without groups has none of them."""
+    """What the grouped kernel bounds."""
     routing, found = _routed_by_kernel(row, ask), _tier(row, ask)
-    if routing is None or routing.n_group is None or not routing.grouped or found is None:
-        return
-    if not found.grouped:
-        why = f"{routing.method} has no groups in the kernel"
-        yield Fault("groups", "n_group", str(routing.n_group), at_most(1), why)
+    if routing is None or routing.n_group is None or found is None or not found.grouped:
         return
     experts, chosen = ask.spec.num_experts, routing.topk_group or 1
     if routing.n_group > MAX_GROUPS:
@@ -123,24 +113,6 @@ def groups(row: Row, ask: Ask) -> Faults:
         yield Fault("group_top_k", "top_k", str(routing.top_k), bound, why)
 
 
-def group_rules(row: Row, ask: Ask) -> Faults:
-    """How a family chooses groups and fills the others."""
-    routing = _routed_by_kernel(row, ask)
-    if routing is None or not routing.grouped:
-        return
-    fill = routing.group_fill
-    if fill is not None and fill != -math.inf:
-        why = "the kernel gives experts outside the chosen groups no chance at all"
-        yield Fault("group_fill", "group_fill", str(fill), "-inf", why)
-    if routing.group_score != "top2":
-        why = "the kernel scores a group by the sum of its two best"
-        yield Fault("group_score", "group_score", routing.group_score, "top2", why)
-
-
-def at_most_number(bound: float) -> str:
-    return f"<= {bound}"
-
-
 def _routed_by_kernel(row: Row, ask: Ask) -> RoutingSpec | None:
     """The layer's routing if this row would route such a call by itself."""
     if row.mode is not PlanMode.MONOLITHIC or ask.form.routing is not RoutingForm.LOGITS:
@@ -156,4 +128,4 @@ def _tier(row: Row, ask: Ask) -> Tier | None:
     return next((one for one in tiers if one.grouped == grouped), tiers[0] if tiers else None)
 
 
-CHECKS: tuple[Check, ...] = (exact, method, settings, tier, scale, eps, groups, group_rules)
+CHECKS: tuple[Check, ...] = (exact, method, settings, tier, scale, eps, groups)

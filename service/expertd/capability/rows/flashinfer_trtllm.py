@@ -81,7 +81,7 @@ PER_TENSOR = replace(
     activation_quant="fp8_tensor",
     activations=PLAIN
     | RELU2
-    | {ActivationKind.SWIGLU_STEP: Use("SwigluStep", _KIND, _LIMIT, since="0.7.2")},
+    | {ActivationKind.SWIGLU_STEP: Use("SwigluStep", _KIND, _LIMIT, since="0.7.2.post1")},
     load="expertd.backends.flashinfer_trtllm.backend:Fp8PerTensor",
     weight_sites=("output", "input"),
     call=KernelCall(
@@ -111,7 +111,7 @@ PER_CHANNEL = replace(
             "use_routing_scales_on_input",
             "routing_bias",
         ),
-        prefers=_WISHES,
+        prefers=_KIND,
     ),
     since="0.7.0",
 )
@@ -213,7 +213,7 @@ MXINT4 = replace(
     call=KernelCall(
         "trtllm_mxint4_block_scale_moe",
         (*_WEIGHTS, *_SCALES, *_SWIGLU, *_SHAPE),
-        prefers=_WISHES,
+        prefers=("output",),
         padding=_VALID,
     ),
 )

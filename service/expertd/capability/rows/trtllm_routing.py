@@ -15,7 +15,7 @@ SMALL = Tier(256, 8, since="0.6.8")
 # the one dtype that the method wanted.
 LARGE = Tier(2048, 32, since="0.6.8")
 # Until 0.6.18 the score was recovered as (score + bias) - bias, which a large bias makes 0.
-BIASED = Tier(1024, 32, scale=True, needs_bias=True, renormalizes=True, since="0.6.18")
+BIASED = Tier(1024, 32, scale=True, needs_bias=True, since="0.6.18")
 
 ROUTING: Mapping[RoutingMethod, tuple[Tier, ...]] = {
     RoutingMethod.DEFAULT: (SMALL,),
@@ -24,11 +24,10 @@ ROUTING: Mapping[RoutingMethod, tuple[Tier, ...]] = {
     RoutingMethod.DEEPSEEK_V3: (
         BIASED,
         # Until 0.6.17 a row whose chosen scores all underflow became 0/0.
-        Tier(512, 22, grouped=True, scale=True, renormalizes=True, since="0.6.17"),
+        Tier(512, 22, grouped=True, scale=True, since="0.6.17"),
     ),
     # With a range of experts and few tokens, the kernel takes global ids for local ones.
     RoutingMethod.LLAMA4: (Tier(128, 1, whole=True, since="0.6.8"),),
-    RoutingMethod.TOPK: (SMALL,),
     RoutingMethod.SIGMOID_RENORM: (SMALL,),
     # Until FlashInfer's fix 3499 the scale was ignored: a fact of the kernels' own text.
     RoutingMethod.MINIMAX2: (replace(BIASED, scale_fact=MINIMAX2_SCALE),),
