@@ -34,11 +34,16 @@ class Matrix:
         return {part: tensor for part, tensor in named if tensor is not None}
 
 
-def allocate(spec: LayerSpec, device: torch.device | str) -> ExpertWeights:
+def allocate(
+    spec: LayerSpec, device: torch.device | str, *, static_inputs: bool = False
+) -> ExpertWeights:
     """Uninitialised canonical tensors for a layer."""
+    parts = layer_parts(spec)
+    if static_inputs:
+        parts |= dict.fromkeys(("input13", "input2"), ("float32", (spec.held,)))
     tensors = {
         field: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-        for field, (dtype, shape) in layer_parts(spec).items()
+        for field, (dtype, shape) in parts.items()
     }
     return ExpertWeights(spec.quant, **tensors)
 

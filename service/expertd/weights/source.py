@@ -10,29 +10,46 @@ from expertd.core import LayerSpec
 from expertd.errors import FailedPrecondition
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.family import Layout
-from expertd.weights.formats import Format, Part
+from expertd.weights.formats import FLOATS, Format, Part
 from expertd.weights.layers import Model
 from expertd.weights.shards import TensorEntry
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A stored matrix [N, K] of an expert: the tensors of its parts; row is its place in them."""
+    """A stored matrix [N, K]: the name of each part's tensor."""
 
     n: int
     k: int
     tensors: Mapping[str, str]
-    row: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """An expert's stored matrices: first is up and gate, both in one if fused, or up alone."""
+
+    number: int
+    first: tuple[Stored, ...]
+    second: Stored
+
+    def names(self) -> list[str]:
+        """Every tensor that has a part of this expert."""
+        return [name for stored in (*self.first, self.second) for name in stored.tensors.values()]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A layer's experts on disk; every name and shape has been checked."""
+    """A layer's experts on disk; every name, dtype and shape has been checked."""
 
     checkpoint: Checkpoint
     layout: Layout
     format: Format
-    experts: tuple[tuple[tuple[Stored, ...], Stored], ...]
+    experts: tuple[Expert, ...]
+
+    @property
+    def static_inputs(self) -> bool:
+        """Whether the checkpoint has activation scales."""
+        return "input" in self.experts[0].second.tensors
 
 
 def locate(model: Model, layer: int, spec: LayerSpec) -> Source:
@@ -48,13 +65,13 @@ def locate(model: Model, layer: int, spec: LayerSpec) -> Source:
             experts = tuple(finder.expert(e) for e in range(spec.expert_begin, spec.expert_end))
         except _Mismatch as problem:
             problems.append(problem)
-            continue
-        return Source(model.checkpoint, layout, format_, experts)
+        else:
+            return Source(model.checkpoint, layout, format_, experts)
     raise FailedPrecondition(str(max(problems, key=lambda problem: problem.found)))
 
 
 class _Mismatch(Exception):
-    """A layout that the checkpoint does not have; found counts the tensors that fitted."""
+    """A form that the checkpoint does not have; found counts the tensors that fitted."""
 
     def __init__(self, message: str, found: int) -> None:
         super().__init__(message)
@@ -63,7 +80,7 @@ class _Mismatch(Exception):
 
 @dataclass(slots=True)
 class _Finder:
-    """Looks a layer's tensors up under one layout."""
+    """Looks a layer's tensors up under one layout and format."""
 
     checkpoint: Checkpoint
     prefix: str
@@ -71,17 +88,17 @@ class _Finder:
     format: Format
     spec: LayerSpec
     found: int = 0
+    optional: frozenset[str] | None = None
 
-    def expert(self, expert: int) -> tuple[tuple[Stored, ...], Stored]:
-        """The stored matrices before the activation (up, gate; one if fused) and the one after."""
+    def expert(self, number: int) -> Expert:
         hidden, width = self.spec.hidden, self.spec.intermediate
         layout = self.layout
         if layout.fused != "no":
             rows, names = 2 * width, [layout.up]
         else:
             rows, names = width, [layout.up, layout.gate][: 1 + self.spec.activation.gated]
-        first = tuple(self._matrix(name, expert, rows, hidden) for name in names)
-        return first, self._matrix(layout.down, expert, hidden, width)
+        first = tuple(self._matrix(name, number, rows, hidden) for name in names)
+        return Expert(number, first, self._matrix(layout.down, number, hidden, width))
 
     def _matrix(self, name: str, expert: int, n: int, k: int) -> Stored:
         tensors = {}
@@ -89,16 +106,17 @@ class _Finder:
             tensor = self.prefix + self.layout.part(name, expert, part.suffix)
             if part.optional and tensor not in self.checkpoint.tensors:
                 continue
-            self._check(tensor, part, part.shape(n, k))
+            self._check(tensor, part, n, k)
             tensors[part_name] = tensor
-        return Stored(n, k, tensors, expert if self.layout.stacked else None)
+        self._check_alike(name, expert, frozenset(tensors))
+        return Stored(n, k, tensors)
 
     def _parts(self) -> Iterator[tuple[str, Part]]:
         yield from self.format.parts.items()
         if self.spec.expert_bias:
             yield "bias", BIAS
 
-    def _check(self, name: str, part: Part, shape: tuple[int, ...]) -> None:
+    def _check(self, name: str, part: Part, n: int, k: int) -> None:
         entry = self.checkpoint.tensors.get(name)
         if entry is None:
             raise _Mismatch(f"{self.checkpoint.root}: tensor {name!r} is missing", self.found)
@@ -107,16 +125,35 @@ class _Finder:
             expected = " or ".join(part.dtypes)
             raise self._wrong(name, entry, f"{self.format.name} has {expected} here")
         lead = (self.spec.num_experts,) if self.layout.stacked else ()
+        shape = part.shape(n, k)
         stored = shape[::-1] if self.layout.transposed else shape
         if _essential(entry.shape, lead) != _essential(lead + stored, lead):
             raise self._wrong(name, entry, f"config.json makes it {list(lead + stored)}")
+        if self.layout.fused != "no" and not _has_seam(part, n, k):
+            raise self._wrong(name, entry, "rows of gate and up share a scale; store them apart")
+
+    def _check_alike(self, name: str, expert: int, parts: frozenset[str]) -> None:
+        """Static activation scales are there for every matrix or for none."""
+        self.optional = self.optional or parts
+        if parts != self.optional:
+            name = self.prefix + name.replace("{e}", str(expert))
+            some = ", ".join(sorted(parts ^ self.optional))
+            raise _Mismatch(
+                f"{self.checkpoint.root}: {name!r}: only some experts have {some}", self.found
+            )
 
     def _wrong(self, name: str, entry: TensorEntry, expected: str) -> _Mismatch:
         text = f"{entry.file.path}: tensor {name!r} is {entry.dtype} {list(entry.shape)}; "
         return _Mismatch(text + expected, self.found)
 
 
-BIAS = Part("bias", ("F32", "BF16", "F16"), lambda n, k: (n,))
+BIAS = Part("bias", FLOATS, lambda n, k: (n,))
+
+
+def _has_seam(part: Part, n: int, k: int) -> bool:
+    """Whether a part of a fused matrix is one for both halves or falls into two."""
+    whole, half = part.shape(n, k), part.shape(n // 2, k)
+    return whole == half or whole[0] == 2 * half[0]
 
 
 def _essential(shape: tuple[int, ...], lead: tuple[int, ...]) -> tuple[int, ...]:
