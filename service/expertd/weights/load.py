@@ -53,8 +53,8 @@ def _stream_of_its_own(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    side = torch.cuda.Stream(device)
-    with torch.cuda.stream(side):
+    side = torch.Stream(device)
+    with side:
         yield
         side.synchronize()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +17,8 @@ from expertd.weights.shards import TensorEntry, opened, pread_into
 from expertd.weights.source import Expert, Source
 
 STAGING_BYTES = 384 << 20
-CHUNK_BYTES = 8 << 20
-READERS = 8
+CHUNK_BYTES = 16 << 20
+READERS = min(8, max(2, (os.cpu_count() or 2) // 2))
 ALIGNMENT = 256
 
 
