@@ -73,3 +73,24 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def large(out: Path) -> Path:
+    """One layer of 64 experts, 600 MB of zeros in a sparse file."""
+    hidden, width, experts = 1024, 1536, 64
+    header: dict[str, Any] = {}
+    end = 0
+    for e in range(experts):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            shape = [hidden, width] if name == "down_proj" else [width, hidden]
+            begin, end = end, end + 2 * hidden * width
+            key = f"model.layers.0.mlp.experts.{e}.{name}.weight"
+            header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    out.mkdir()
+    text = json.dumps(header).encode()
+    with open(out / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "num_experts": experts}
+    write_json(out / "config.json", qwen_config(**sizes))
+    return out
