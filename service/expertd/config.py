@@ -6,6 +6,7 @@ Each setting is one row of SETTINGS: its flag, its variable and its TOML key fol
 from __future__ import annotations
 
 import argparse
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,6 +182,11 @@ class Resolved(NamedTuple):
 
     settings: Settings
     origins: dict[str, str]
+
+
+def cache_directory() -> Path:
+    """Where this user's caches lie: the demo checkpoint, proofs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "expertd"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from expertd import __version__
-from expertd.config import Settings
+from expertd.config import Settings, cache_directory
 from expertd.engine.loader import ModelSource
 from expertd.errors import InvalidArgument
 from expertd.weights.demo import write_demo
@@ -36,8 +35,7 @@ def check_root(settings: Settings, name: str, path: Path) -> None:
 
 def demo_path() -> Path:
     """The demo checkpoint in the user's cache directory, made if it is not there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache / "expertd" / f"demo-{__version__}"
+    path = cache_directory() / f"demo-{__version__}"
     if not path.exists():
         write_demo(path)
     return path

@@ -31,6 +31,7 @@ COMMANDS: tuple[Command, ...] = (
         "explain", "expertd.cli.explain", "which kernels can run a layer, and why others cannot"
     ),
     Command("capabilities", "expertd.cli.capabilities", "every kernel cell with its state"),
+    Command("verify", "expertd.cli.verify", "prove every kernel cell that this machine can run"),
     Command("demo-model", "expertd.cli.demo_model", "write a small made-up checkpoint"),
 )
 

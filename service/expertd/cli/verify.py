@@ -1,0 +1,104 @@
+"""expertd verify: prove every cell that this machine can run, against the fp32 reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from expertd.capability.device import DeviceInfo, detect
+from expertd.capability.match import device_refusals
+from expertd.capability.row import Row, State
+from expertd.capability.rows import BACKENDS, ROWS
+from expertd.config import cache_directory
+from expertd.core import QuantScheme
+from expertd.errors import InvalidArgument
+from expertd.proof.run import Proof, prove
+from expertd.proof.store import ProofStore
+
+COLOURS = {State.PROVEN: "green", State.FAILED: "red"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda:N")
+    parser.add_argument("--backend", default=None, metavar="NAME")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 if every cell that ran is proven, 1 if one failed."""
+    if args.backend is not None and args.backend not in BACKENDS:
+        raise InvalidArgument(f"--backend {args.backend}: accepted: {', '.join(BACKENDS)}")
+    device = detect(args.device)
+    cells = list(usable_cells(device, args.backend))
+    proofs = list(_proven(cells, device, args.seed, quiet=args.json))
+    ProofStore(cache_directory(), device).keep(proofs)
+    print(json.dumps(report(device, proofs))) if args.json else _show(device, proofs)
+    return 1 if any(proof.state is State.FAILED for proof in proofs) else 0
+
+
+def usable_cells(device: DeviceInfo, backend: str | None) -> Iterator[tuple[Row, QuantScheme]]:
+    """The cells that can run on a device; identity has nothing to prove."""
+    for row in ROWS:
+        if row.identity or backend not in (None, row.backend) or device_refusals(row, device):
+            continue
+        yield from ((row, quant) for quant in row.quants)
+
+
+def _proven(
+    cells: list[tuple[Row, QuantScheme]], device: DeviceInfo, seed: int, quiet: bool
+) -> Iterable[Proof]:
+    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+        task = progress.add_task("proving", total=len(cells))
+        for row, quant in cells:
+            progress.update(task, description=f"{row.entry} {quant}")
+            yield prove(row, quant, device, seed)
+            progress.advance(task)
+
+
+def report(device: DeviceInfo, proofs: list[Proof]) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "device": device.name,
+        "arch": device.arch,
+        "flashinfer": device.flashinfer,
+        "cells": [_cell(proof) for proof in proofs],
+    }
+
+
+def _cell(proof: Proof) -> dict[str, Any]:
+    failures = [
+        {"case": t.case, "layer": t.layer, "error": t.error, "fault": t.fault}
+        for t in proof.failures
+    ]
+    return {
+        **proof.cell._asdict(),
+        "state": proof.state,
+        "trials": len(proof.trials),
+        "worst": proof.worst,
+        "tolerance": proof.tolerance,
+        "failures": failures,
+    }
+
+
+def _show(device: DeviceInfo, proofs: list[Proof]) -> None:
+    table = Table(title=f"{device.name}, FlashInfer {device.flashinfer or 'absent'}")
+    for column in ("backend", "entry", "mode", "rows", "weights", "state", "trials", "worst / may"):
+        table.add_column(column)
+    for proof in proofs:
+        colour = COLOURS.get(proof.state, "yellow")
+        bound = f"{proof.worst:.1e} / {proof.tolerance:.0e}"
+        state = f"[{colour}]{proof.state}[/]"
+        table.add_row(*proof.cell, state, str(len(proof.trials)), bound)
+    console = Console()
+    console.print(table)
+    for proof in proofs:
+        for trial in proof.failures[:5]:
+            what = trial.fault or f"error {trial.error:.2e}"
+            console.print(f"{'/'.join(proof.cell)}: {trial.case} ({trial.layer}): {what}")

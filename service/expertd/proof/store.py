@@ -1,0 +1,75 @@
+"""Proofs on disk, so that a cell is proven once on a machine and not at every start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertd import __version__
+from expertd.capability.device import DeviceInfo
+from expertd.capability.row import Cell, State
+from expertd.core import PlanMode, QuantScheme
+from expertd.proof.run import Proof
+
+
+def fingerprint(device: DeviceInfo) -> str:
+    """Everything that can change what a kernel computes here: proofs hold for this and no other."""
+    facts = {
+        "device": device.name,
+        "arch": device.arch,
+        "simulated": device.simulated,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "flashinfer": device.flashinfer,
+        "expertd": __version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class ProofStore:
+    """A JSON file per fingerprint in a directory; one that cannot be read counts as empty."""
+
+    def __init__(self, directory: Path, device: DeviceInfo) -> None:
+        self._path = directory / f"proofs-{fingerprint(device)}.json"
+
+    def states(self) -> dict[Cell, State]:
+        """What earlier runs proved or saw fail."""
+        return {_cell(entry): State(entry["state"]) for entry in self._entries()}
+
+    def keep(self, proofs: Iterable[Proof]) -> None:
+        """Adds proofs that ran, in place of older ones of their cells."""
+        ran = [_entry(proof) for proof in proofs if proof.trials]
+        cells = {_cell(entry) for entry in ran}
+        kept = [entry for entry in self._entries() if _cell(entry) not in cells]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
+            json.dump({"proofs": kept + ran}, file, indent=1)
+        os.replace(file.name, self._path)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        try:
+            entries = json.loads(self._path.read_text())["proofs"]
+            return [entry for entry in entries if _cell(entry) and State(entry["state"])]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+
+def _entry(proof: Proof) -> dict[str, Any]:
+    return {**proof.cell._asdict(), "state": proof.state, "worst": proof.worst}
+
+
+def _cell(entry: dict[str, Any]) -> Cell:
+    return Cell(
+        str(entry["backend"]),
+        str(entry["entry"]),
+        PlanMode(entry["mode"]),
+        str(entry["activation_quant"]),
+        QuantScheme(entry["quant"]),
+    )
