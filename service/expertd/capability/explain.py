@@ -24,6 +24,7 @@ def explain(
     found = plan(spec, form, device, states=states, trust_declared=True)
     return {
         "routing_method": spec.routing.method if spec.routing else None,
+        **({"routing_refusal": spec.routing_refusal} if spec.routing_refusal else {}),
         "plans": [_plan(usable) for usable in found.usable],
         "rejected": [_rejected(entry) for entry in found.rejected],
         "advice": advice(found),

@@ -21,4 +21,4 @@ DECLARED: dict[QuantScheme, str] = {
 
 def declared_activation(spec: LayerSpec) -> str:
     """The format in which the checkpoint wants its rows to enter the first GEMM."""
-    return DECLARED[spec.quant]
+    return spec.activation_quant or DECLARED[spec.quant]

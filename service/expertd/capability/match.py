@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expertd.capability.checks import call, layer, library, routing
+from expertd.capability.checks import call, layer, library, routing, sizes
 from expertd.capability.checks.fault import Ask, Check, Fault
 from expertd.capability.device import DeviceInfo
 from expertd.capability.library import library as library_of
@@ -29,8 +29,13 @@ NO_LAYER = LayerSpec(
 )
 ANY_CALL = CallForm(RoutingForm.TOPK, "bfloat16")
 DEVICE_CHECKS: tuple[Check, ...] = (*library.CHECKS, layer.arch)
-LAYER_CHECKS: tuple[Check, ...] = (*DEVICE_CHECKS, *layer.CHECKS, library.activation)
-CHECKS: tuple[Check, ...] = (*LAYER_CHECKS, *call.CHECKS, *routing.CHECKS)
+LAYER_CHECKS: tuple[Check, ...] = (
+    *DEVICE_CHECKS,
+    *layer.CHECKS,
+    library.activation,
+    sizes.num_experts,
+)
+CHECKS: tuple[Check, ...] = (*LAYER_CHECKS, sizes.top_k, *call.CHECKS, *routing.CHECKS)
 
 
 def refusals(

@@ -23,6 +23,8 @@ class LayerSpec:
 
     routing is None when a layer takes top-k ids only (hash-routed layers) or nothing (identity).
     routing_refusal then says why logits cannot be used, with the form that works.
+    activation_quant is the format that the checkpoint declares for its rows ("bf16": none); None
+    means the usual one of its scheme.
     """
 
     hidden: int
@@ -35,6 +37,7 @@ class LayerSpec:
     routing: RoutingSpec | None
     expert_bias: bool = False
     routing_refusal: str | None = None
+    activation_quant: str | None = None
 
     @property
     def held(self) -> int:

@@ -194,7 +194,7 @@ def test_32a_every_monolithic_entry_is_given_both_group_counts() -> None:
     [
         (2052, 4, "num_experts"),
         (130, 4, "experts_multiple"),
-        (4, 4, "top_k_all"),
+        (4, 4, "top_k"),
         (128, 33, "top_k"),
     ],
 )
@@ -218,9 +218,9 @@ def test_32c_groups_are_never_dropped() -> None:
     [
         ({"n_group": 8, "topk_group": 5}, {}, "topk_group"),
         ({"n_group": 16, "topk_group": 4}, {}, "n_group"),
-        ({"n_group": 2, "topk_group": 1, "top_k": 16}, {"num_experts": 32}, "group_top_k"),
-        ({"n_group": 4, "topk_group": 2}, {"num_experts": 256}, "group_size"),
-        ({"n_group": 1, "top_k": 33}, {}, "routing_top_k"),
+        ({"n_group": 2, "topk_group": 1, "top_k": 16}, {"num_experts": 32}, "top_k"),
+        ({"n_group": 4, "topk_group": 2}, {"num_experts": 256}, "num_experts"),
+        ({"n_group": 1, "top_k": 33}, {}, "top_k"),
     ],
 )
 def test_32d_limits_of_the_routing_kernels(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from tests.service.capability.cases import on, routing
+from tests.service.capability.cases import NEWEST, on, routing
 
 from expertd.capability.device import ARCHS, DeviceInfo
 from expertd.capability.library import recorded_versions
@@ -39,21 +39,23 @@ HANGING = {
     "version",
     "no_routing",
     "routing_form",
+    "weight_site",
 }
 SIZES = st.sampled_from([32, 64, 100, 256, 704, 1856, 2048, 2880])
 NUMBER = re.compile(r"[0-9.]+")
 
 
 @st.composite
-def layers(draw: st.DrawFn) -> LayerSpec:
+def layers(draw: st.DrawFn, row: Row) -> LayerSpec:
+    """A layer that the row may or may not run, of a weight format that it often reads."""
     experts = draw(st.sampled_from([4, 30, 128, 160, 256, 600, 2048, 2052]))
-    method = draw(st.sampled_from(list(RoutingMethod)))
-    grouped = method is RoutingMethod.DEEPSEEK_V3 and experts % 4 == 0 and draw(st.booleans())
+    method = draw(st.sampled_from([RoutingMethod.DEEPSEEK_V3, *RoutingMethod]))
+    grouped = method is RoutingMethod.DEEPSEEK_V3 and experts % 16 == 0 and draw(st.booleans())
     top_k = 1 if method is RoutingMethod.LLAMA4 else draw(st.integers(1, min(experts, 40)))
     own: dict[str, Any] = {"top_k": top_k, "eps": draw(st.sampled_from([None, 0.0, 1e-6]))}
     own["routed_scaling_factor"] = draw(st.sampled_from([1.0, 2.5]))
     if grouped:
-        groups = draw(st.sampled_from([2, 4]))
+        groups = draw(st.sampled_from([2, 4, 8, 16]))
         own |= {"n_group": groups, "topk_group": draw(st.integers(1, groups))}
     held = draw(st.sampled_from([experts, experts // 2, max(1, experts // 3)]))
     begin = draw(st.integers(0, experts - held))
@@ -65,7 +67,7 @@ def layers(draw: st.DrawFn) -> LayerSpec:
         expert_begin=begin,
         expert_end=begin + held,
         activation=Activation(kind, limit=draw(st.sampled_from([None, 7.0]))),
-        quant=draw(st.sampled_from(list(QuantScheme))),
+        quant=draw(st.sampled_from([*row.quants, *row.quants, *QuantScheme])),
         routing=routing(method, **own),
         expert_bias=draw(st.booleans()),
     )
@@ -73,11 +75,11 @@ def layers(draw: st.DrawFn) -> LayerSpec:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    spec = draw(layers())
-    pin = draw(st.sampled_from(["", "any"]))
     row = draw(st.sampled_from(ROWS))
+    spec = draw(layers(row))
+    pin = draw(st.booleans())
     form = CallForm(
-        draw(st.sampled_from(list(RoutingForm))),
+        draw(st.sampled_from([RoutingForm.LOGITS, *RoutingForm])),
         draw(st.sampled_from(["bfloat16", "uint8"])),
         draw(st.sampled_from(["", "", "fp8_group128", "mxfp8"])),
         logits_dtype=draw(st.sampled_from(["float32", "float16"])),
@@ -85,7 +87,9 @@ def cases(draw: st.DrawFn) -> Case:
     )
     if form.routing is RoutingForm.TOPK:
         form = replace(form, top_k=draw(st.integers(1, 40)))
-    device = on(draw(st.sampled_from(ARCHS)), draw(st.sampled_from(recorded_versions())))
+    arch = draw(st.sampled_from([*row.archs, *ARCHS]))
+    version = draw(st.sampled_from([NEWEST, recorded_versions()[0], *recorded_versions()]))
+    device = on(arch, version)
     return row, spec, form, device
 
 
@@ -100,6 +104,10 @@ def accepted_number(text: str, given: int) -> int:
     return max(1, given // bound) * bound if "multiple" in text else bound
 
 
+def of_experts(spec: LayerSpec, count: int) -> LayerSpec:
+    return replace(spec, num_experts=count, expert_begin=0, expert_end=count)
+
+
 def first(text: str) -> str:
     return text.split(", ")[0]
 
@@ -110,6 +118,17 @@ def changed(case: Case, reason: Refusal) -> Case | None:
     router = spec.routing
     assert router is not None
     field, accepted = reason.field, reason.accepted
+    if field == "num_experts":
+        count = accepted_number(accepted, spec.num_experts)
+        return row, of_experts(spec, count), form, device
+    if field == "experts":
+        return row, of_experts(spec, spec.num_experts), form, device
+    if field == "top_k":
+        fewer = accepted_number(accepted, 0)
+        if not fewer:
+            return None
+        narrow = replace(spec, routing=replace(router, top_k=fewer))
+        return row, narrow, replace(form, top_k=form.top_k and fewer), device
     plain = {
         "quant": lambda: replace(spec, quant=QuantScheme(first(accepted))),
         "activation": lambda: replace(
@@ -125,6 +144,12 @@ def changed(case: Case, reason: Refusal) -> Case | None:
             spec, routing=replace(router, routed_scaling_factor=1.0)
         ),
         "eps": lambda: replace(spec, routing=replace(router, eps=None)),
+        "topk_group": lambda: replace(
+            spec, routing=replace(router, topk_group=accepted_number(accepted, 1))
+        ),
+        "n_group": lambda: replace(
+            spec, routing=replace(router, n_group=accepted_number(accepted, 1))
+        ),
     }
     calls = {
         "hidden_states": lambda: replace(form, rows_dtype=first(accepted)),
@@ -143,12 +168,17 @@ def changed(case: Case, reason: Refusal) -> Case | None:
 
 # A changed value may meet a bound of its own: the format of a row whose dtype was hidden by it.
 REVEALS: dict[str, set[str]] = {
+    "num_experts": {"top_k", "experts_multiple", "expert_range"},
+    "n_group": {"num_experts", "top_k", "method_mismatch"},
     "quant": {"activation_format"},
     "activation": {"limit", "version", "enum_missing", "argument_missing"},
     "limit": set(),
     "hidden_states_format": {"rows_dtype"},
 }
 REMOVES: dict[str, set[str]] = {
+    "num_experts": {"top_k", "experts_multiple", "expert_range", "routing_range", "layer_kind"},
+    "n_group": {"num_experts", "top_k"},
+    "topk_group": {"top_k"},
     "limit": {"argument_missing"},
     "activation": {"version", "enum_missing", "argument_missing", "limit"},
     "hidden_states_format": {"weight_site"},
@@ -157,7 +187,7 @@ REMOVES: dict[str, set[str]] = {
 }
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_an_accepted_value_removes_exactly_its_reason(case: Case) -> None:
     before = asked(case)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from tests.service.capability.cases import TOPK, TRTLLM, ask, layer, on
+from tests.service.capability.cases import codes as reason_codes
 
 from expertd.capability.device import DeviceInfo, detect, simulated
 from expertd.capability.match import layer_refusals
@@ -17,6 +21,7 @@ from expertd.core import (
     ActivationKind,
     CallForm,
     LayerSpec,
+    PlanMode,
     QuantScheme,
     RoutingForm,
     RoutingMethod,
@@ -125,3 +130,71 @@ def test_planning_on_cpu_imports_no_torch() -> None:
 def test_layer_refusals_ask_nothing_of_a_call() -> None:
     accepting = [row.backend for row in ROWS if not layer_refusals(row, SPEC, CPU)]
     assert accepting == ["grouped", "reference"]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_auto_takes_no_fewer_bits_than_the_checkpoint_declares() -> None:
+    spec = layer(QuantScheme.MXFP4)
+    assert {usable.activation for usable in ask(spec).usable} == {"bf16"}
+    pinned = ask(spec, replace(LOGITS, backend=TRTLLM)).usable
+    assert [usable.activation for usable in pinned] == ["bf16", "bf16", "mxfp8", "mxfp8"]
+    declared = replace(spec, activation_quant="mxfp8")
+    assert [usable.activation for usable in ask(declared).usable][:2] == ["mxfp8", "mxfp8"]
+    weights_only = replace(layer(QuantScheme.NVFP4), activation_quant="bf16")
+    assert {usable.activation for usable in ask(weights_only).usable} == {"bf16"}
+
+
+@pytest.mark.usefixtures("kernels")
+def test_input_side_weights_are_applied_once_wherever_they_can_be() -> None:
+    per_tensor = layer(QuantScheme.FP8_TENSOR, RoutingMethod.LLAMA4)
+    sites = {(p.backend, p.mode): p.weights_on for p in ask(per_tensor).usable}
+    assert sites[TRTLLM, PlanMode.MONOLITHIC] == "input"
+    assert sites[TRTLLM, PlanMode.ROUTED] == "rows", "a routed kernel weighs its outputs"
+    assert sites["triton", PlanMode.ROUTED] == "input"
+    bf16 = layer(QuantScheme.BF16, RoutingMethod.LLAMA4)
+    assert codes_of(bf16, TRTLLM) == {"weight_site"}
+    two = replace(TOPK, top_k=2)
+    routed = {p.backend for p in ask(per_tensor, two).usable}
+    assert TRTLLM not in routed and "triton" in routed
+
+
+@pytest.mark.usefixtures("kernels")
+def test_llama4_with_a_range_of_experts_runs_routed_only() -> None:
+    spec = layer(QuantScheme.FP8_TENSOR, RoutingMethod.LLAMA4, expert_begin=64)
+    assert codes_of(spec, TRTLLM) == {"routing_range"}
+    assert (TRTLLM, PlanMode.ROUTED) in {(p.backend, p.mode) for p in ask(spec).usable}
+
+
+@pytest.mark.usefixtures("kernels")
+def test_exact_routing_forces_routed_plans() -> None:
+    found = ask(layer(), exact_routing=True)
+    assert found.usable and {usable.mode for usable in found.usable} == {PlanMode.ROUTED}
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_large_epsilon_of_a_family_is_routed() -> None:
+    lfm2 = layer(method=RoutingMethod.MINIMAX2, settings={"eps": 1e-6})
+    assert codes_of(lfm2, TRTLLM) == {"eps"}
+    minimax = layer(method=RoutingMethod.MINIMAX2, settings={"eps": 0.0})
+    assert codes_of(minimax, TRTLLM) == set()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_ranges_of_experts_for_cutlass_are_equal_parts() -> None:
+    for begin, end, fits in ((64, 128, True), (0, 32, True), (32, 96, False), (0, 100, False)):
+        spec = layer(QuantScheme.BF16, expert_begin=begin, expert_end=end)
+        backends = {p.backend for p in ask(spec, device=on("sm90")).usable}
+        assert ("flashinfer_cutlass" in backends) == fits
+        assert "triton" in backends
+
+
+def test_every_cell_is_named_once_and_every_load_is_a_class() -> None:
+    cells = [row.cell(quant) for row in ROWS for quant in row.quants]
+    assert len(set(cells)) == len(cells)
+    for row in ROWS:
+        assert re.fullmatch(rf"expertd\.backends\.{row.backend}\.backend:[A-Z]\w+", row.load)
+
+
+def codes_of(spec: LayerSpec, backend: str) -> set[str]:
+    """The codes against the monolithic rows of a backend that read the layer's format."""
+    return reason_codes(ask(spec), backend, PlanMode.MONOLITHIC, spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from expertd.capability.checks.fault import Ask, Check, Fault, at_most, listed
+from expertd.capability.checks.fault import Ask, Check, Fault, listed
 from expertd.capability.formats import declared_activation
 from expertd.capability.row import Row
 from expertd.core import PlanMode, RoutingForm
@@ -56,17 +56,6 @@ def logits_dtype(row: Row, ask: Ask) -> Faults:
         yield Fault("logits_dtype", "logits_dtype", given, listed(row.logits), why)
 
 
-def top_k(row: Row, ask: Ask) -> Faults:
-    limits, given = row.limits, ask.top_k
-    if limits.max_top_k is not None and given > limits.max_top_k:
-        why = "the kernel's lists of experts end there"
-        yield Fault("top_k", "top_k", str(given), at_most(limits.max_top_k), why)
-    if limits.more_experts_than_top_k and 0 < ask.spec.num_experts <= given:
-        why = "the launcher wants more experts than top_k"
-        accepted = at_most(ask.spec.num_experts - 1)
-        yield Fault("top_k_all", "top_k", str(given), accepted, why)
-
-
 def weight_site(row: Row, ask: Ask) -> Faults:
     """Input-side weights: by the kernel, or on the rows of a top-1 call before a routed one."""
     routing = ask.spec.routing
@@ -100,7 +89,6 @@ CHECKS: tuple[Check, ...] = (
     routing_form,
     logits_usable,
     logits_dtype,
-    top_k,
     weight_site,
     automatic,
 )

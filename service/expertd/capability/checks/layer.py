@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from expertd.capability.checks.fault import Ask, Check, Fault, at_most, listed, multiple_of
+from expertd.capability.checks.fault import Ask, Check, Fault, listed, multiple_of
 from expertd.capability.row import Row
 
 Faults = Iterator[Fault]
@@ -52,15 +52,11 @@ def expert_bias(row: Row, ask: Ask) -> Faults:
         yield Fault("expert_bias", "expert_bias", "true", "false", why)
 
 
-def num_experts(row: Row, ask: Ask) -> Faults:
-    given, limits = ask.spec.num_experts, row.limits
-    if limits.max_experts is not None and given > limits.max_experts:
-        why = "the kernel's tables of experts end there"
-        yield Fault("num_experts", "num_experts", str(given), at_most(limits.max_experts), why)
-    if given % limits.experts_multiple:
+def experts_multiple(row: Row, ask: Ask) -> Faults:
+    given, step = ask.spec.num_experts, row.limits.experts_multiple
+    if given % step:
         why = "the launcher insists on it"
-        accepted = multiple_of(limits.experts_multiple)
-        yield Fault("experts_multiple", "num_experts", str(given), accepted, why)
+        yield Fault("experts_multiple", "num_experts", str(given), multiple_of(step), why)
 
 
 def expert_range(row: Row, ask: Ask) -> Faults:
@@ -103,7 +99,7 @@ CHECKS: tuple[Check, ...] = (
     activation,
     limit,
     expert_bias,
-    num_experts,
+    experts_multiple,
     expert_range,
     hidden,
     intermediate,

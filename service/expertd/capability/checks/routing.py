@@ -7,11 +7,7 @@ from collections.abc import Iterator
 from expertd.capability.checks.fault import Ask, Check, Fault, at_most, listed
 from expertd.capability.checks.library import missing_member, too_old
 from expertd.capability.row import Row, Tier
-from expertd.capability.rows.trtllm_routing import (
-    MAX_EXPERTS_A_GROUP,
-    MAX_GROUPS,
-    MAX_TOPK_GROUP,
-)
+from expertd.capability.rows.trtllm_routing import MAX_GROUPS, MAX_TOPK_GROUP
 from expertd.core import PlanMode, RoutingForm, RoutingSpec
 from expertd.routing.kernel_ids import FLASHINFER_NAMES
 from expertd.routing.verify import reverify
@@ -29,7 +25,7 @@ def exact(row: Row, ask: Ask) -> Faults:
 
 
 def method(row: Row, ask: Ask) -> Faults:
-    routing = _routed_by_kernel(row, ask)
+    routing = routed_by_kernel(row, ask)
     if routing is None:
         return
     if routing.method not in row.routing:
@@ -43,37 +39,30 @@ def method(row: Row, ask: Ask) -> Faults:
 
 def settings(row: Row, ask: Ask) -> Faults:
     """Whether a kernel that is told the declared method computes these settings."""
-    routing = _routed_by_kernel(row, ask)
+    routing = routed_by_kernel(row, ask)
     if routing is None or routing.method not in row.routing:
         return
     for reason in reverify(routing.method, routing):
         yield Fault(reason.code, reason.field, reason.given, reason.accepted, reason.text)
 
 
-def tier(row: Row, ask: Ask) -> Faults:
-    """Sizes, version and expert range under the method."""
-    found, routing = _tier(row, ask), _routed_by_kernel(row, ask)
-    if found is None or routing is None:
-        return
-    if ask.library is not None:
-        why = f"{routing.method} is right only from there on"
+def version(row: Row, ask: Ask) -> Faults:
+    found = tier_of(row, ask)
+    if found is not None and ask.library is not None:
+        why = "routing by this method is right only from there on"
         yield from too_old(ask.library, found.since, why)
-    given, why = ask.spec.num_experts, f"the tiers of {routing.method} end there"
-    if given > found.max_experts:
-        bound = at_most(found.max_experts)
-        yield Fault("routing_experts", "num_experts", str(given), bound, why)
-    if routing.top_k > found.max_top_k:
-        bound = at_most(found.max_top_k)
-        yield Fault("routing_top_k", "top_k", str(routing.top_k), bound, why)
-    if found.whole and not ask.spec.complete:
+
+
+def whole_layer(row: Row, ask: Ask) -> Faults:
+    found = tier_of(row, ask)
+    if found is not None and found.whole and not ask.spec.complete:
         why = "with a range of experts the kernel takes global ids for local ones"
-        given_range = f"{ask.spec.expert_begin}-{ask.spec.expert_end - 1}"
-        everything = f"0-{ask.spec.num_experts - 1}"
-        yield Fault("routing_range", "experts", given_range, everything, why)
+        given = f"{ask.spec.expert_begin}-{ask.spec.expert_end - 1}"
+        yield Fault("routing_range", "experts", given, f"0-{ask.spec.num_experts - 1}", why)
 
 
 def scale(row: Row, ask: Ask) -> Faults:
-    found, routing = _tier(row, ask), _routed_by_kernel(row, ask)
+    found, routing = tier_of(row, ask), routed_by_kernel(row, ask)
     if found is None or routing is None or routing.routed_scaling_factor == 1.0:
         return
     facts = ask.library.facts if ask.library else frozenset()
@@ -85,7 +74,7 @@ def scale(row: Row, ask: Ask) -> Faults:
 
 
 def eps(row: Row, ask: Ask) -> Faults:
-    routing = _routed_by_kernel(row, ask)
+    routing = routed_by_kernel(row, ask)
     if routing is not None and routing.eps is not None and routing.eps > KERNEL_EPS:
         why = "the kernel's own epsilon gives other weights when all scores are small"
         yield Fault("eps", "eps", str(routing.eps), f"<= {KERNEL_EPS}", why)
@@ -93,39 +82,39 @@ def eps(row: Row, ask: Ask) -> Faults:
 
 def groups(row: Row, ask: Ask) -> Faults:
     """What the grouped kernel bounds."""
-    routing, found = _routed_by_kernel(row, ask), _tier(row, ask)
-    if routing is None or routing.n_group is None or found is None or not found.grouped:
+    found, routing = tier_of(row, ask), routed_by_kernel(row, ask)
+    if found is None or not found.grouped or routing is None:
         return
-    experts, chosen = ask.spec.num_experts, routing.topk_group or 1
-    if routing.n_group > MAX_GROUPS:
-        why = "the grouped kernel has no more"
+    why = "the grouped kernel has no more"
+    if (routing.n_group or 1) > MAX_GROUPS:
         yield Fault("n_group", "n_group", str(routing.n_group), at_most(MAX_GROUPS), why)
-    if experts > routing.n_group * MAX_EXPERTS_A_GROUP:
-        why = f"a group of the kernel has at most {MAX_EXPERTS_A_GROUP} experts"
-        bound = at_most(routing.n_group * MAX_EXPERTS_A_GROUP)
-        yield Fault("group_size", "num_experts", str(experts), bound, why)
-    if chosen > MAX_TOPK_GROUP:
-        why = "the grouped kernel chooses no more"
-        yield Fault("topk_group", "topk_group", str(chosen), at_most(MAX_TOPK_GROUP), why)
-    if routing.top_k >= chosen * experts // routing.n_group:
-        why = "the launcher wants fewer than the chosen groups hold"
-        bound = at_most(chosen * experts // routing.n_group - 1)
-        yield Fault("group_top_k", "top_k", str(routing.top_k), bound, why)
+    if (routing.topk_group or 1) > MAX_TOPK_GROUP:
+        bound = at_most(MAX_TOPK_GROUP)
+        yield Fault("topk_group", "topk_group", str(routing.topk_group), bound, why)
 
 
-def _routed_by_kernel(row: Row, ask: Ask) -> RoutingSpec | None:
+def routed_by_kernel(row: Row, ask: Ask) -> RoutingSpec | None:
     """The layer's routing if this row would route such a call by itself."""
     if row.mode is not PlanMode.MONOLITHIC or ask.form.routing is not RoutingForm.LOGITS:
         return None
     return ask.spec.routing
 
 
-def _tier(row: Row, ask: Ask) -> Tier | None:
+def tier_of(row: Row, ask: Ask) -> Tier | None:
     """The tier for the layer's method, the grouped one for groups if there is one."""
-    routing = _routed_by_kernel(row, ask)
+    routing = routed_by_kernel(row, ask)
     tiers = row.routing.get(routing.method, ()) if routing else ()
     grouped = routing is not None and routing.grouped
     return next((one for one in tiers if one.grouped == grouped), tiers[0] if tiers else None)
 
 
-CHECKS: tuple[Check, ...] = (exact, method, settings, tier, scale, eps, groups)
+CHECKS: tuple[Check, ...] = (
+    exact,
+    method,
+    settings,
+    version,
+    whole_layer,
+    scale,
+    eps,
+    groups,
+)
