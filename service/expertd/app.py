@@ -15,13 +15,15 @@ import torch
 from expertd import __version__
 from expertd.capability.device import DeviceInfo, detect
 from expertd.capability.rows import BACKENDS
-from expertd.config import Settings
+from expertd.config import Settings, cache_directory
 from expertd.engine.batcher import Budget
 from expertd.engine.engine import Engine, EngineOptions
 from expertd.engine.loader import Loader
-from expertd.engine.resident import LayerState, Residents
+from expertd.engine.resident import LayerState, Residents, Trust
 from expertd.errors import InvalidArgument
 from expertd.metrics import Metrics
+from expertd.proof.prover import Prover
+from expertd.proof.store import ProofStore
 from expertd.sources import model_sources
 from expertd.steward import Steward
 from expertd.transport.admin import AdminService
@@ -62,7 +64,9 @@ class App:
         self.metrics = Metrics(self.residents, build_info(self._device))
         self.metrics.cells(self._count_cells)
         self.engine = Engine(self.residents, torch_device, _options(settings), self.metrics)
-        self.loader = Loader(self.residents, self._device, torch_device)
+        prover = Prover(ProofStore(cache_directory(), self._device), self._device)
+        trust = Trust(settings.trust == "declared", settings.exact_routing)
+        self.loader = Loader(self.residents, self._device, torch_device, prover, trust)
         self.steward = Steward(self.loader, self.residents, stop.set)
         guard, tls = _guard(settings), _tls(settings)
         self._grpc = self._build_grpc(guard, tls)

@@ -113,6 +113,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("experts", parse_range, None, "load only these experts of each layer", "0-63"),
     Setting("device", str, "auto", "where the experts run", "auto|cpu|cuda:N"),
     Setting("backend", str, "auto", "run every call on this backend", "auto|NAME"),
+    Setting("trust", one_of("proven", "declared"), "proven", "plans to use", "proven|declared"),
+    Setting("exact_routing", parse_flag, False, "never let a kernel route by itself"),
     Setting("host", str, "127.0.0.1", "the address to listen on", "ADDRESS"),
     Setting("http_port", number(0, 65535), 8000, "HTTP port, 0 chooses one", "PORT"),
     Setting("grpc_port", number(0, 65535), 8001, "gRPC port, 0 chooses one", "PORT"),
@@ -152,6 +154,8 @@ class Settings:
     experts: tuple[int, int] | None
     device: str
     backend: str
+    trust: str
+    exact_routing: bool
     host: str
     http_port: int
     grpc_port: int

@@ -34,7 +34,14 @@ def plans_of(resident: Resident, form: CallForm) -> PlanSet:
     """The planner's answer, computed once for each form of call."""
     found = resident.plans.get(form)
     if found is None:
-        found = plan(resident.spec, form, resident.device)
+        found = plan(
+            resident.spec,
+            form,
+            resident.device,
+            states=resident.states,
+            trust_declared=resident.trust.declared,
+            exact_routing=resident.trust.exact_routing,
+        )
         if len(resident.plans) < 1024:
             resident.plans[form] = found
     return found

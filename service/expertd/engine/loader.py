@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,14 +9,16 @@ from pathlib import Path
 
 import torch
 
-from expertd.backends.base import Backend
+from expertd.backends.build import build
 from expertd.capability.device import DeviceInfo
 from expertd.capability.match import layer_refusals
 from expertd.capability.row import Row
 from expertd.capability.rows import ROWS
-from expertd.core import Activation, ActivationKind, LayerSpec, QuantScheme
-from expertd.engine.resident import LayerState, Resident, Residents
-from expertd.errors import ExpertdError
+from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
+from expertd.engine.resident import LayerState, Resident, Residents, Trust
+from expertd.errors import ExpertdError, NoUsablePlan
+from expertd.proof.prover import Prover
+from expertd.proof.selfcheck import self_check
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.digest import weights_digest
 from expertd.weights.layers import layer_specs
@@ -42,11 +43,18 @@ class Loader:
     """Fills Residents from checkpoints; a layer that fails says why and leaves the others alone."""
 
     def __init__(
-        self, residents: Residents, device: DeviceInfo, torch_device: torch.device
+        self,
+        residents: Residents,
+        device: DeviceInfo,
+        torch_device: torch.device,
+        prover: Prover,
+        trust: Trust,
     ) -> None:
         self._residents = residents
         self._device = device
         self._torch_device = torch_device
+        self._prover = prover
+        self._trust = trust
 
     def add_identity(self, name: str, hidden: int) -> None:
         """Serves the identity layer as layer 0 of a model."""
@@ -86,7 +94,7 @@ class Loader:
         """A fresh resident that goes on counting generations where its predecessor stopped."""
         before = self._residents.find(model, layer)
         generation = before.generation if before else 0
-        return Resident(model, layer, spec, self._device, generation=generation)
+        return Resident(model, layer, spec, self._device, generation=generation, trust=self._trust)
 
     def _load_one(self, checkpoint: Checkpoint, resident: Resident) -> None:
         try:
@@ -114,26 +122,28 @@ class Loader:
         resident.weights, resident.bias, resident.backends, resident.plans = None, None, {}, {}
 
     def _build_backends(self, resident: Resident) -> None:
-        """Every backend whose row accepts the layer on this device, ready to run."""
+        """Every backend whose row accepts the layer on this device, proven and checked."""
+        resident.state = LayerState.PROVING
         for row in self._rows(resident):
-            backend = self._build(row, resident)
-            if backend is not None:
-                resident.backends[row.cell(resident.spec.quant)] = backend
+            cell = row.cell(resident.spec.quant)
+            try:
+                resident.backends[cell] = build(
+                    row, resident.spec, resident.weights, resident.bias, self._torch_device
+                )
+            except NoUsablePlan as refused:
+                log.warning("layer %s: %s", resident.name, refused)
+        resident.states = self._prover.states(resident.backends)
+        self._self_check(resident)
+
+    def _self_check(self, resident: Resident) -> None:
+        checked = {backend.row.backend: backend for backend in resident.backends.values()}
+        reference = checked.pop("reference", None)
+        if reference is not None:
+            routed = [b for b in checked.values() if b.row.mode is PlanMode.ROUTED]
+            self_check(resident.spec, reference, routed)
 
     def _rows(self, resident: Resident) -> Iterator[Row]:
         return (row for row in ROWS if not layer_refusals(row, resident.spec, self._device))
-
-    def _build(self, row: Row, resident: Resident) -> Backend | None:
-        module, _, name = row.load.partition(":")
-        backend: Backend = getattr(importlib.import_module(module), name)(
-            row, resident.spec, self._torch_device
-        )
-        if refusals := backend.check():
-            log.warning("%s cannot run %s: %s", row.entry, resident.name, refusals)
-            return None
-        backend.prepare_weights(resident.weights, resident.bias)
-        backend.warm_up((1,))
-        return backend
 
 
 def identity_spec(hidden: int) -> LayerSpec:

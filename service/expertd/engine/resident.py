@@ -12,7 +12,7 @@ from torch import Tensor
 from expertd.backends.base import Backend
 from expertd.capability.device import DeviceInfo
 from expertd.capability.plan import PlanSet
-from expertd.capability.row import Cell
+from expertd.capability.row import Cell, State
 from expertd.core import CallForm, LayerSpec
 from expertd.errors import LayerFailed, NotFound, Unavailable
 from expertd.weights.canonical import ExpertWeights
@@ -26,6 +26,14 @@ class LayerState(StrEnum):
     READY = "ready"
     FAILED = "failed"
     UNLOADED = "unloaded"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What the operator allows beyond proofs, or forbids although it is proven."""
+
+    declared: bool = False
+    exact_routing: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +51,9 @@ class Resident:
     weights: ExpertWeights | None = None
     bias: Tensor | None = None
     backends: dict[Cell, Backend] = field(default_factory=dict)
+    states: dict[Cell, State] = field(default_factory=dict)
     plans: dict[CallForm, PlanSet] = field(default_factory=dict)
+    trust: Trust = Trust()
     queued_tokens: int = 0
     serial: int = field(default_factory=lambda: next(_serials))
 

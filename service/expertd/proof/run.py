@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,16 +10,20 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from expertd.backends.base import Backend, Batch
-from expertd.backends.reference.backend import Reference
+from expertd.backends.base import Batch
+from expertd.backends.build import build
 from expertd.capability.device import DeviceInfo
 from expertd.capability.match import refusals
 from expertd.capability.row import Cell, Row, State
+from expertd.capability.rows.reference import ROWS as REFERENCE_ROWS
 from expertd.core import CallForm, LayerSpec, PlanMode, QuantScheme, RoutingForm
+from expertd.errors import ExpertdError
 from expertd.proof.cases import CASES, Case, layers
 from expertd.routing.reference import route_for
 from expertd.weights.canonical import ExpertWeights
 from expertd.weights.quantize import quantize
+
+(REFERENCE,) = REFERENCE_ROWS
 
 TOLERANCES: dict[str, float] = {
     "fp32": 1e-5,
@@ -107,29 +110,12 @@ def _trial(
     wanted = spec.routing is not None and spec.routing.bias
     batch = _batch(row, case, spec, bias if wanted else None, random, target)
     try:
-        backend = built(row, spec, weights, bias.to(target) if wanted else None, target)
+        backend = build(row, spec, weights, bias.to(target) if wanted else None, target)
         backend.forward(batch)
-    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+    except (ExpertdError, RuntimeError, ValueError, TypeError, ArithmeticError) as error:
         return Trial(case.name, name, float("nan"), f"{type(error).__name__}: {error}"[:300])
     expected = _reference(spec, weights, batch)
     return Trial(case.name, name, relative_error(batch.out, expected))
-
-
-def built(
-    row: Row,
-    spec: LayerSpec,
-    weights: ExpertWeights | None,
-    bias: Tensor | None,
-    device: torch.device,
-) -> Backend:
-    """A row's backend, ready to run; raises RuntimeError with what its check refused."""
-    module, _, name = row.load.partition(":")
-    backend: Backend = getattr(importlib.import_module(module), name)(row, spec, device)
-    if refused := backend.check():
-        raise RuntimeError("; ".join(refusal.text for refusal in refused))
-    backend.prepare_weights(weights, bias)
-    backend.warm_up((1,))
-    return backend
 
 
 @lru_cache(maxsize=8)
@@ -172,10 +158,7 @@ def _batch(
 
 
 def _reference(spec: LayerSpec, weights: ExpertWeights, batch: Batch) -> Tensor:
-    reference = Reference(_REFERENCE_ROW, spec, batch.rows.device)
-    reference.check()
-    reference.prepare_weights(weights, None)
-    reference.warm_up((1,))
+    reference = build(REFERENCE, spec, weights, None, batch.rows.device)
     expected = replace(batch, out=torch.empty_like(batch.out, dtype=torch.float32))
     reference.forward(expected)
     return expected.out
@@ -192,6 +175,3 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     rows = gap / torch.where(size > 1e-6, size, torch.ones_like(size))
     worst = torch.stack((whole, rows.max() / 5))
     return float("nan") if bool(worst.isnan().any()) else float(worst.max())
-
-
-_REFERENCE_ROW = next(iter(importlib.import_module("expertd.capability.rows.reference").ROWS))

@@ -1,0 +1,32 @@
+"""From a row of the table to a backend that is ready to run."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from expertd.backends.base import Backend
+from expertd.capability.row import Row
+from expertd.core import LayerSpec
+from expertd.errors import NoUsablePlan
+from expertd.weights.canonical import ExpertWeights
+
+
+def build(
+    row: Row,
+    spec: LayerSpec,
+    weights: ExpertWeights | None,
+    bias: Tensor | None,
+    device: torch.device,
+) -> Backend:
+    """The row's backend for a layer, warmed up; raises NoUsablePlan with what its check refused."""
+    module, _, name = row.load.partition(":")
+    backend: Backend = getattr(importlib.import_module(module), name)(row, spec, device)
+    if refusals := backend.check():
+        texts = "; ".join(refusal.text for refusal in refusals)
+        raise NoUsablePlan(f"{row.entry} cannot run here: {texts}", refusals)
+    backend.prepare_weights(weights, bias)
+    backend.warm_up((1,))
+    return backend
