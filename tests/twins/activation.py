@@ -75,7 +75,8 @@ def activate(spec: Activation, raw: Tensor, gate: Tensor, out: Tensor, expert: i
     if spec.kind is A.Relu2:
         return torch.relu(raw * gate).square() * out
     up, gated = raw.chunk(2, dim=1)
-    return _GATED[spec.kind](up, gated, gate, _of(spec, expert, raw)) * out
+    middle = _GATED[spec.kind](up, gated, gate, _of(spec, expert, raw))
+    return middle * out
 
 
 def _of(spec: Activation, expert: int, like: Tensor) -> Parameters:
@@ -102,7 +103,8 @@ def _swiglu(up: Tensor, gated: Tensor, gate: Tensor, with_: Parameters) -> Tenso
 def _geglu(up: Tensor, gated: Tensor, gate: Tensor, with_: Parameters) -> Tensor:
     up, gated = _clamped(up, gated, with_.limit)
     physical = gated * gate
-    return (up + with_.beta) * physical * torch.special.ndtr(with_.alpha * physical)
+    phi = 0.5 * (1.0 + torch.erf(with_.alpha * physical * 0.5**0.5))
+    return (up + with_.beta) * physical * phi
 
 
 def _swiglu_step(up: Tensor, gated: Tensor, gate: Tensor, with_: Parameters) -> Tensor:

@@ -57,8 +57,7 @@ class Arguments:
 
     def tensor(self, name: str, dtypes: Sequence[torch.dtype], shape: Sequence[int]) -> Tensor:
         """A required tensor of one of these dtypes and exactly this shape."""
-        value = self.values.get(name)
-        require(isinstance(value, Tensor), name, value, f"a tensor {list(shape)}")
+        value = self._given(name, shape)
         self.check(name, value, dtypes, shape)
         return value
 
@@ -70,14 +69,19 @@ class Arguments:
 
     def flat(self, name: str, dtypes: Sequence[torch.dtype], shape: Sequence[int]) -> Tensor:
         """A required tensor of this many elements in any shape that starts with the first size."""
-        value = self.values.get(name)
-        require(isinstance(value, Tensor), name, value, f"a tensor {list(shape)}")
+        value = self._given(name, shape)
         numel = torch.Size(shape).numel()
         require(value.numel() == numel, name, list(value.shape), f"{numel} elements {list(shape)}")
         leads = value.ndim == 1 or value.shape[0] == shape[0]
         require(leads, name, list(value.shape), f"{list(shape)} or flat")
         self.check(name, value, dtypes, value.shape)
         return value.reshape(shape)
+
+    def _given(self, name: str, shape: Sequence[int]) -> Tensor:
+        value = self.values.get(name)
+        if not isinstance(value, Tensor):
+            raise ContractError(name, value, f"a tensor {list(shape)}")
+        return value
 
     def check(
         self, name: str, value: Tensor, dtypes: Sequence[torch.dtype], shape: Sequence[int]
@@ -95,9 +99,9 @@ class Arguments:
     def whole(self, name: str, low: int, high: int) -> int:
         """An int between the bounds, both inclusive; a bool or a tensor is not one."""
         value = self.values.get(name)
-        fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-        require(fits, name, value, f"an int in [{low}, {high}]")
-        return int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+            return value
+        raise ContractError(name, value, f"an int in [{low}, {high}]")
 
     def flag(self, name: str) -> bool:
         value = self.values.get(name)

@@ -42,9 +42,7 @@ def run(experts: Experts, choice: Choice, size: Sizes, *, weigh_input: bool = Fa
     """[T, width] bf16; weigh_input multiplies FC1's accumulators instead of the output."""
     pairs = torch.zeros(*choice.ids.shape, size.out_rows, dtype=torch.bfloat16)
     pairs = pairs.to(experts.rows.device)
-    for expert in choice.local.unique().tolist():
-        if expert < 0:
-            continue
+    for expert in sorted(set(choice.local.flatten().tolist()) - {-1}):
         token, slot = (choice.local == expert).nonzero(as_tuple=True)
         weight = choice.weights[token, slot].unsqueeze(1) if weigh_input else None
         pairs[token, slot] = _expert(experts, size, expert, experts.rows[token], weight)

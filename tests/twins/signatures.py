@@ -111,11 +111,12 @@ def signature(entry: str) -> inspect.Signature:
 
 
 def _parameters(text: str) -> Iterator[inspect.Parameter]:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    for part in text.split(", "):
-        if part == "*":
-            kind = inspect.Parameter.KEYWORD_ONLY
-            continue
-        name, _, default = part.partition("=")
-        value = ast.literal_eval(default) if default else inspect.Parameter.empty
-        yield inspect.Parameter(name, kind, default=value)
+    free, _, by_keyword = text.partition(", *, ")
+    for kind, part in (
+        (inspect.Parameter.POSITIONAL_OR_KEYWORD, free),
+        (inspect.Parameter.KEYWORD_ONLY, by_keyword),
+    ):
+        for parameter in filter(None, part.split(", ")):
+            name, _, default = parameter.partition("=")
+            value = ast.literal_eval(default) if default else inspect.Parameter.empty
+            yield inspect.Parameter(name, kind, default=value)

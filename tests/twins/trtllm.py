@@ -31,8 +31,14 @@ CHECKS: dict[str, Callable[[Arguments], Launch]] = {
     "trtllm_fp4_block_scale": fp4_block,
     "trtllm_mxint4_block_scale": mxint4_block,
 }
-ENUMS = ("ActivationType", "Fp8QuantizationType", "RoutingInputMode")
-ENUMS += ("RoutingMethodType", "SfLayout", "WeightLayout")
+ENUMS = (
+    "ActivationType",
+    "Fp8QuantizationType",
+    "RoutingInputMode",
+    "RoutingMethodType",
+    "SfLayout",
+    "WeightLayout",
+)
 
 Entry = Callable[..., Tensor | list[Tensor]]
 

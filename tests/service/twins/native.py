@@ -1,8 +1,4 @@
-"""Random layers in the native layout of each entry, made with FlashInfer's own CPU helpers.
-
-Scales are swizzled, formats without a CPU helper quantised and biases permuted here, by other
-means than the twin's: views and permutes for the swizzle, ml_dtypes for the number formats.
-"""
+"""Random layers in the native layout of each entry, made with FlashInfer's own CPU helpers."""
 
 from __future__ import annotations
 
@@ -10,12 +6,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import ml_dtypes
-import numpy as np
 import torch
 from flashinfer.fused_moe import core, prepare
 from flashinfer.fused_moe.api import QuantConfig, QuantFormat, ReLU2, SwiGLU
 from flashinfer.tllm_enums import ActivationType, Fp8QuantizationType, SfLayout
+from tests.service.twins.stored import (
+    blocked64,
+    by_row,
+    exponents,
+    mxfp4,
+    mxfp8,
+    nvfp4,
+    shuffled_bytes,
+    shuffled_scales,
+    shuffled_values,
+    tiles,
+    wide,
+)
 from torch import Tensor
 
 TOKENS, EXPERTS, HIDDEN, INTER = 6, 8, 256, 256
@@ -84,90 +91,6 @@ def random_layer(seed: int, gated: bool) -> tuple[Tensor, Tensor, Tensor]:
     return x.bfloat16(), fc1.bfloat16(), fc2.bfloat16()
 
 
-def shuffled(rows: Tensor, gated: bool) -> Tensor:
-    """[M, K] of bytes in the order of FC1 (gated) or of FC2 and plain FC1."""
-    order = core._maybe_get_cached_w3_w1_permute_indices({}, rows, 128, is_gated_act_gemm=gated)
-    return rows[order]
-
-
-def shuffled_bytes(weights: Tensor, gated: bool) -> Tensor:
-    """[E, M, K] of any 8-bit dtype."""
-    each = [shuffled(expert.view(torch.uint8), gated) for expert in weights]
-    return torch.stack(each).view(weights.dtype)
-
-
-def shuffled_values(values: Tensor, gated: bool) -> Tensor:
-    """[E, M] fp32, as wide rows of one column each."""
-    order = core._maybe_get_cached_w3_w1_permute_indices(
-        {}, torch.zeros(values.shape[1], 4, dtype=torch.uint8), 128, is_gated_act_gemm=gated
-    )
-    return values[:, order].contiguous()
-
-
-def swizzled(scales: Tensor) -> Tensor:
-    """[R, C] as the 128x4 swizzle lays it out, in the same shape."""
-    rows, columns = scales.shape
-    tiles = scales.view(rows // 128, 4, 32, columns // 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).contiguous().view(rows, columns)
-
-
-def shuffled_scales(scales: Tensor, gated: bool) -> Tensor:
-    """[E, M, C] in the weights' row order, then swizzled."""
-    return torch.stack([swizzled(shuffled(expert, gated)) for expert in scales])
-
-
-def wide(values: Tensor, scales: Tensor) -> Tensor:
-    """[..., K] times [..., K / v]."""
-    return values * scales.repeat_interleave(values.shape[-1] // scales.shape[-1], dim=-1)
-
-
-def mxfp8(values: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., K] as e4m3 and [..., K / 32] exponent bytes, scale rounded up."""
-    groups = values.float().unflatten(-1, (-1, 32))
-    exponent = torch.ceil(torch.log2(groups.abs().amax(-1) / 448.0)).clamp(-127, 127)
-    quantised = groups / torch.exp2(exponent).unsqueeze(-1)
-    stored = quantised.clamp(-448, 448).flatten(-2).to(torch.float8_e4m3fn)
-    return stored, (exponent + 127).to(torch.uint8)
-
-
-def exponents(scales: Tensor) -> Tensor:
-    """Exponent bytes as fp32, by ml_dtypes."""
-    return torch.from_numpy(scales.numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float32))
-
-
-def e2m1_codes(values: Tensor) -> Tensor:
-    """One code a byte, by ml_dtypes."""
-    stored = values.numpy().astype(ml_dtypes.float4_e2m1fn)
-    return torch.from_numpy(stored.view(np.uint8) & 15)
-
-
-def e2m1_values(codes: Tensor) -> Tensor:
-    stored = codes.numpy().astype(np.uint8).view(ml_dtypes.float4_e2m1fn)
-    return torch.from_numpy(stored.astype(np.float32))
-
-
-def packed(codes: Tensor) -> Tensor:
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
-def nvfp4(values: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes, e4m3 scales per 16, and the values they stand for without the multiplier."""
-    groups = (values.float() * multiplier).unflatten(-1, (-1, 16))
-    scale = (groups.abs().amax(-1) / 6.0).clamp(max=448).to(torch.float8_e4m3fn)
-    divisor = scale.float().clamp(min=1e-9).unsqueeze(-1)
-    codes = e2m1_codes((groups / divisor).clamp(-6, 6).flatten(-2))
-    return packed(codes), scale, wide(e2m1_values(codes), scale.float()) / multiplier
-
-
-def mxfp4(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[E, M, K] by FlashInfer's torch quantiser: packed, exponent bytes, values."""
-    pairs = [prepare._quantize_mxfp4_linear(expert) for expert in weights]
-    codes = torch.stack([code for code, _ in pairs])
-    scales = torch.stack([scale.reshape(weights.shape[1], -1) for _, scale in pairs])
-    halves = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-    return codes, scales, wide(e2m1_values(halves), exponents(scales))
-
-
 def bf16(seed: int, activation: str = "Swiglu") -> Native:
     x, fc1, fc2 = random_layer(seed, activation in GATED)
     view = prepare.prepare_trtllm_bf16_weights(
@@ -180,8 +103,16 @@ def bf16(seed: int, activation: str = "Swiglu") -> Native:
     )
     weights = {name: view[name] for name in ("gemm1_weights", "gemm2_weights")}
     shared = {"hidden_states": x}
-    values = (x.float(), fc1.float(), fc2.float())
-    return Native("trtllm_bf16", activation, shared, weights, *values, tolerance=6e-3)
+    return Native(
+        "trtllm_bf16",
+        activation,
+        shared,
+        weights,
+        x.float(),
+        fc1.float(),
+        fc2.float(),
+        tolerance=6e-3,
+    )
 
 
 def fp8_per_tensor(seed: int, activation: str = "Swiglu") -> Native:
@@ -201,8 +132,13 @@ def fp8_per_tensor(seed: int, activation: str = "Swiglu") -> Native:
     stored, _ = prepare.prepare_trtllm_fp8_per_tensor_activations(
         x, hidden_states_scale_global=view["hidden_states_scale_global"]
     )
-    names = ("gemm1_weights", "gemm2_weights", "output1_scales_scalar")
-    names += ("output1_scales_gate_scalar", "output2_scales_scalar")
+    names = [
+        "gemm1_weights",
+        "gemm2_weights",
+        "output1_scales_scalar",
+        "output1_scales_gate_scalar",
+        "output2_scales_scalar",
+    ]
     q1, s1 = prepare._quantize_fp8_per_expert(fc1)
     q2, s2 = prepare._quantize_fp8_per_expert(fc2)
     return Native(
@@ -222,7 +158,7 @@ def fp8_per_tensor(seed: int, activation: str = "Swiglu") -> Native:
 def fp8_per_channel(seed: int, activation: str = "Swiglu") -> Native:
     gated = activation in GATED
     x, fc1, fc2 = random_layer(seed, gated)
-    (q0, s0), (q1, s1), (q2, s2) = (_by_row(t) for t in (x, fc1, fc2))
+    (q0, s0), (q1, s1), (q2, s2) = (by_row(t) for t in (x, fc1, fc2))
     ones = torch.ones(EXPERTS)
     per_expert = {
         "gemm1_weights": shuffled_bytes(q1, gated),
@@ -270,8 +206,8 @@ def deepseek(seed: int, activation: str = "Swiglu") -> Native:
         },
         per_expert,
         wide(rows.float(), scale.T),
-        _tiles(view["gemm1_weights"], view["gemm1_weights_scale"]),
-        _tiles(view["gemm2_weights"], view["gemm2_weights_scale"]),
+        tiles(view["gemm1_weights"], view["gemm1_weights_scale"]),
+        tiles(view["gemm2_weights"], view["gemm2_weights_scale"]),
         tolerance=0.06,
     )
 
@@ -281,7 +217,7 @@ def deepseek_shuffled(seed: int, activation: str = "Swiglu") -> Native:
     plain = deepseek(seed, activation)
     changed = dict(plain.per_expert)
     for name in ("gemm1_weights", "gemm2_weights"):
-        changed[name] = torch.stack([_blocked64(expert) for expert in changed[name]])
+        changed[name] = torch.stack([blocked64(expert) for expert in changed[name]])
     layout = {"use_shuffled_weight": True, "weight_layout": 2}
     return replace(plain, per_expert=changed, shared={**plain.shared, **layout})
 
@@ -403,8 +339,13 @@ def e4m3_mxfp4(seed: int, activation: str = "Swiglu") -> Native:
     values = dict(zip(SCALARS, (out, 1 / sx, 1 / sc), strict=True))
     scalars = {name: torch.full((EXPERTS,), value) for name, value in values.items()}
     shared = {name: value for name, value in native.shared.items() if name not in SCALARS}
-    units = {"unit1": torch.full((EXPERTS,), sx), "unit2": torch.full((EXPERTS,), sc)}
-    return replace(native, shared=shared, per_expert={**native.per_expert, **scalars}, **units)
+    return replace(
+        native,
+        shared=shared,
+        per_expert={**native.per_expert, **scalars},
+        unit1=torch.full((EXPERTS,), sx),
+        unit2=torch.full((EXPERTS,), sc),
+    )
 
 
 def mxint4(seed: int, activation: str = "Swiglu") -> Native:
@@ -427,7 +368,8 @@ def mxint4(seed: int, activation: str = "Swiglu") -> Native:
         {"hidden_states": x, **none},
         per_expert,
         x.float(),
-        *values,
+        values[0],
+        values[1],
         tolerance=6e-3,
         pair=False,
         listed=True,
@@ -456,19 +398,3 @@ def _largest_middle(x: Tensor, fc1: Tensor, activation: str) -> float:
         return float(torch.relu(raw).square().max())
     up, gate = raw.chunk(2, dim=2)
     return float((up * torch.nn.functional.silu(gate)).abs().max())
-
-
-def _by_row(values: Tensor) -> tuple[Tensor, Tensor]:
-    scale = values.float().abs().amax(-1, keepdim=True) / 448
-    return (values.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
-
-
-def _tiles(weights: Tensor, scales: Tensor) -> Tensor:
-    return wide(weights.float(), scales.repeat_interleave(128, dim=1))
-
-
-def _blocked64(weights: Tensor) -> Tensor:
-    from flashinfer import shuffle_matrix_a
-
-    rows = shuffle_matrix_a(weights.view(torch.uint8), 64)
-    return core.convert_to_block_layout(rows, 128).view(torch.float8_e4m3fn)

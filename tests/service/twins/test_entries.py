@@ -10,6 +10,7 @@ import flashinfer.tllm_enums
 import pytest
 import torch
 from tests.service.twins import plain
+from tests.service.twins.calls import call, native_arguments, packed, pairs
 from tests.service.twins.native import EXPERTS, FORMATS, TOKENS, Native
 from tests.twins.enums import RoutingMethodType
 from tests.twins.sizes import ACTIVATIONS
@@ -25,35 +26,6 @@ CELLS = {
     "deepseek_shuffled": "deepseek_fp8",
     "mxint4": "bf16_mxint4",
 }
-
-
-def call(native: Native, mode: str = "_routed", **changes: Any) -> Tensor:
-    result = getattr(LIBRARY, f"{native.entry}{mode}_moe")(**native_arguments(native, **changes))
-    assert isinstance(result, list) == native.listed
-    return result[0] if native.listed else result
-
-
-def native_arguments(native: Native, **changes: Any) -> dict[str, Any]:
-    arguments = native.arguments(**changes)
-    needs_bias = "bf16" not in native.entry and "mxint4" not in native.entry
-    if needs_bias or "routing_logits" in changes:
-        arguments.setdefault("routing_bias", None)
-    return arguments
-
-
-def pairs(seed: int) -> tuple[Tensor, Tensor]:
-    """Distinct experts per token, with a -1, and weights that bf16 holds exactly."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.stack([torch.randperm(EXPERTS, generator=generator) for _ in range(TOKENS)])
-    ids = order[:, :2].to(torch.int32).contiguous()
-    ids[TOKENS - 1, 0] = -1
-    weights = torch.randint(8, 128, (TOKENS, 2), generator=generator) / 64
-    return ids, weights
-
-
-def packed(ids: Tensor, weights: Tensor) -> Tensor:
-    bits = weights.bfloat16().view(torch.int16).int() & 0xFFFF
-    return (ids << 16) | bits
 
 
 def topk(form: str, ids: Tensor, weights: Tensor) -> Any:
