@@ -18,6 +18,7 @@ from expertd_wire.varints import (
     VARINT,
     Malformed,
     read_varint,
+    read_varint32,
     signed32,
     signed64,
     varint,
@@ -83,7 +84,7 @@ def _walk(view: memoryview, fields: Fields, values: Values, where: str) -> None:
             tag = view[pos]
             pos += 1
             if tag >= 0x80:
-                tag, pos = read_varint(view, pos - 1, min(end, pos + 4))  # of 32 bits
+                tag, pos = read_varint32(view, pos - 1, end)
             name, put = fields.get(tag) or _unknown(tag)
             value, pos = READERS[tag & 7](view, pos, end)
             put(values, name, value)

@@ -7,7 +7,7 @@ from typing import Any
 
 VARINT, LEN = 0, 2
 
-_MAX_VARINT = 10
+_MAX_VARINT, _MAX_VARINT32 = 10, 5
 _MASK64 = (1 << 64) - 1
 _ONE_BYTE = [bytes((value,)) for value in range(0x80)]
 
@@ -32,8 +32,16 @@ def read_varint(view: memoryview, pos: int, end: int) -> tuple[int, int]:
     raise Malformed("an integer is cut short")
 
 
+def read_varint32(view: memoryview, pos: int, end: int) -> tuple[int, int]:
+    """A tag or a length: like read_varint, but of at most five bytes."""
+    return read_varint(view, pos, min(end, pos + _MAX_VARINT32))
+
+
 def _read_bytes(view: memoryview, pos: int, end: int) -> tuple[memoryview, int]:
-    size, pos = read_varint(view, pos, end)
+    if pos < end and (size := view[pos]) < 0x80:  # nearly always: saves a call
+        pos += 1
+    else:
+        size, pos = read_varint32(view, pos, end)
     stop = pos + size
     if stop > end:
         raise Malformed(f"{size} bytes announced, {end - pos} left")

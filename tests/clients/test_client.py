@@ -86,7 +86,7 @@ def test_an_unreachable_server_is_unhealthy_and_unavailable(connect: Any) -> Non
     assert failure.value.reason == "UNAVAILABLE"
 
 
-def test_a_client_made_before_its_server_finds_it_soon(connect: Any) -> None:
+def test_a_client_made_before_its_server_finds_it(connect: Any) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]

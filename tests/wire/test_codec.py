@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
@@ -171,6 +173,30 @@ def test_values_that_cannot_travel_are_refused(call: ForwardCall) -> None:
         encode_forward_call(call)
 
 
+@pytest.mark.parametrize("last", [0, 1, 2, 0x7F])
+@pytest.mark.parametrize("field", [b"\x28", b"\x0a", b"\x12"], ids=["int64", "tensor", "text"])
+def test_integers_of_more_than_64_bits_end_as_in_protobuf(field: bytes, last: int) -> None:
+    data = field + b"\x80" * 9 + bytes((last,))
+    assert _outcome(decode_forward_reply, data) == _outcome(_reply_by_protobuf, data)
+
+
+@given(protobuf(TENSOR_BYTES | st.binary(max_size=4), 9))
+def test_any_reply_is_read_or_refused_as_protobuf_does(data: bytes) -> None:
+    reply = _outcome(decode_forward_reply, data)
+    expected = _outcome(_reply_by_protobuf, data)
+    if isinstance(reply, ForwardReply) and reply.status:
+        # The status stays bytes here: whoever opens it finds out whether they are a status.
+        reply = _outcome(_with_checked_status, data)
+    assert reply == expected
+
+
+def test_occurrences_of_a_status_merge() -> None:
+    halves = (status_pb2.Status(code=5), status_pb2.Status(message="gone"))
+    data = b"".join(encode_forward_reply(ForwardReply(status=_bytes(half))) for half in halves)
+    merged = status_pb2.Status.FromString(decode_forward_reply(data).status)
+    assert merged == status_pb2.Status(code=5, message="gone")
+
+
 @given(varints(st.integers(-(2**63), 2**63 - 1)))
 def test_integers_wrap_as_protobuf_has_it(number: bytes) -> None:
     data = b"\x10" + number + b"\x48" + number
@@ -182,6 +208,27 @@ def _by_protobuf(data: bytes) -> ForwardCall | ForwardReply:
         return from_pb(pb.ForwardRequest.FromString(data))
     except DecodeError as problem:
         raise WireError(str(problem)) from problem
+
+
+def _reply_by_protobuf(data: bytes) -> ForwardCall | ForwardReply:
+    try:
+        return from_pb(pb.ForwardReply.FromString(data))
+    except DecodeError as problem:
+        raise WireError(str(problem)) from problem
+
+
+def _with_checked_status(data: bytes) -> ForwardReply:
+    reply = decode_forward_reply(data)
+    try:
+        status = status_pb2.Status.FromString(reply.status)
+    except DecodeError as problem:
+        raise WireError(str(problem)) from problem
+    return replace(reply, status=_bytes(status))
+
+
+def _bytes(message: Message) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
 
 
 def _outcome(decode: object, data: bytes) -> object:

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from expertd_wire.errors import REASONS, Refusal
@@ -37,6 +37,7 @@ def test_googles_classes_read_it() -> None:
     assert violation.type == "ARCH"
     assert violation.subject == "triton/routed/moe/fused"
     assert violation.description == "sm90 given, sm100 accepted"
+    assert unpack_status(status.SerializeToString()).refusals == (refusal,)
 
 
 def test_every_reason_has_a_code_of_grpc() -> None:
@@ -44,6 +45,12 @@ def test_every_reason_has_a_code_of_grpc() -> None:
         assert make_status(row.name, "").code == code_pb2.Code.Value(row.grpc) != 0
 
 
+FULL = [Refusal(f"b{at}", "routed", "e", "C", "é" * 40) for at in range(99)]
+
+
+@example("", FULL, "é" * 3000)
+@example("", FULL, "%" * 3000)
+@example("x" * 900, FULL, "é" * 3000)
 @given(
     st.text(max_size=5000),
     st.lists(st.builds(Refusal, *[st.text(max_size=50)] * 4, st.text(max_size=3000)), max_size=99),
