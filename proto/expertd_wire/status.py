@@ -37,8 +37,9 @@ def make_status(reason: str, message: str, refusals: Sequence[Refusal] = ()) -> 
     """The status of a row of REASONS, at most MAX_STATUS_BYTES long.
 
     Refusals that do not fit are left out and counted in its message: gRPC's own details must be
-    that message, not the one given.
+    that message, not the one given. Equal refusals are told once.
     """
+    refusals = tuple(dict.fromkeys(refusals))
     for kept in _shrinking(len(refusals)):
         status = _status(reason, _message(message, len(refusals) - kept), refusals[:kept])
         if status.ByteSize() <= MAX_STATUS_BYTES:
