@@ -50,23 +50,32 @@ SUM = {"DeepSeekV3": 1e-20, "MiniMax2": 1e-20, "DeepSeekV4": 1e-20, "GroupedSoft
 CLAMPED = {"SigmoidRenorm": 1e-20, "SoftmaxBias": 1e-12}
 
 
-def keys_of(
-    method: str,
-    row: Row,
-    bias: Row | None,
-    n_group: int,
-    topk_group: int,
-    group_score: str = "top2",
-) -> list[float]:
-    """What is compared; experts of the other groups have -inf."""
+def keys_of(method: str, row: Row, bias: Row | None) -> list[float]:
+    """What is compared."""
     score, by_score = SCORES[method]
     key = score(row) if by_score else list(row)
-    if bias is not None:
-        key = [k + b for k, b in zip(key, bias, strict=True)]
+    return key if bias is None else [k + b for k, b in zip(key, bias, strict=True)]
+
+
+def group_scores(key: Row, n_group: int) -> list[float]:
+    """The two best of each group, added."""
     size = len(key) // n_group
-    groups = [sorted(key[g * size : (g + 1) * size], reverse=True) for g in range(n_group)]
-    chosen = best([sum(group[:2]) for group in groups], topk_group)
+    return [sum(sorted(key[g * size : (g + 1) * size])[-2:]) for g in range(n_group)]
+
+
+def within_groups(key: Row, n_group: int, topk_group: int) -> list[float]:
+    """Experts of the other groups have -inf."""
+    chosen = best(group_scores(key, n_group), topk_group)
+    size = len(key) // n_group
     return [k if i // size in chosen else -math.inf for i, k in enumerate(key)]
+
+
+def groups_tie(key: Row, n_group: int, topk_group: int) -> bool:
+    """Whether float32 may see a tie where the last group is chosen."""
+    ranked = sorted(group_scores(key, n_group), reverse=True)
+    return n_group > topk_group and math.isclose(
+        ranked[topk_group - 1], ranked[topk_group], rel_tol=1e-5, abs_tol=1e-6 * abs(ranked[0])
+    )
 
 
 def weights_of(

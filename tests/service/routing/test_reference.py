@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.service.routing.oracle import SCORES, keys_of, weights_of
+from tests.service.routing.oracle import SCORES, groups_tie, keys_of, weights_of, within_groups
 from torch import Tensor
 
 from expertd.core import RoutingMethod, RoutingSpec
@@ -55,7 +55,10 @@ def test_oracle(
         renormalize=renorm,
     )
     for row, chosen, given_weights in zip(logits.tolist(), ids.tolist(), weights, strict=True):
-        key = keys_of(method, row, None if bias is None else bias.tolist(), n_group, topk_group)
+        key = keys_of(method, row, None if bias is None else bias.tolist())
+        if groups_tie(key, n_group, topk_group):
+            continue
+        key = within_groups(key, n_group, topk_group)
         picked = torch.tensor([key[i] for i in chosen], dtype=torch.float64)
         ranked = torch.tensor(sorted(key, reverse=True)[:top_k], dtype=torch.float64)
         torch.testing.assert_close(picked, ranked, rtol=2e-6, atol=1e-6 if bias is not None else 0)
@@ -109,7 +112,8 @@ def test_near_ties_of_float32_are_told_apart(method: str, seed: int, top_k: int)
 def test_all_negative_logits(method: str, seed: int) -> None:
     logits = -random(seed, 16, 64).abs() - 20.0
     ids, weights = route(method, logits, top_k=8)
-    assert torch.equal(ids.long(), logits.topk(8).indices)
+    chosen = logits.gather(1, ids.long())
+    torch.testing.assert_close(chosen, logits.topk(8).values, rtol=0, atol=1e-5)
     shifted = route(method, logits + 30.0, top_k=8)[1]
     torch.testing.assert_close(weights, shifted, rtol=1e-4, atol=0)
 
@@ -155,6 +159,24 @@ def test_masks_in_groups_get_no_weight(method: str, seed: int, fill: float | Non
     assert all(len(set(row)) == 6 for row in ids.tolist())
     some = (~mask).any(dim=1)
     assert torch.isfinite(weights[some]).all()
+
+
+@pytest.mark.parametrize("method", GROUPED)
+def test_fillers_from_other_groups_get_no_weight(method: str) -> None:
+    """The best group has two experts that are not masked, three are wanted."""
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0, 5.0, 4.0, -math.inf, -math.inf]])
+    ids, weights = route(method, logits, top_k=3, n_group=2, topk_group=1)
+    assert ids.tolist() == [[4, 5, 0]]
+    assert weights[0, 2] == 0
+    assert weights.sum().item() == pytest.approx(1.0)
+
+
+def test_fill_lifts_other_groups_and_no_masks() -> None:
+    """Filled with 0 the other group's experts can be chosen, a masked one among them cannot."""
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, 0.0, 5.0, 4.0, -math.inf, -math.inf]])
+    ids, weights = route("DeepSeekV3", logits, top_k=3, n_group=2, topk_group=1, group_fill=0.0)
+    assert ids.tolist() == [[4, 5, 1]]
+    assert weights[0, 2] > 0.1
 
 
 @pytest.mark.parametrize(("eps", "total"), [(0.0, 1.0), (None, 0.13), (1e-6, 0.0)])
@@ -248,7 +270,7 @@ def test_logits_ok_tells_rows() -> None:
 
 
 def test_route_for_uses_every_setting(seed: int) -> None:
-    logits, bias = random(seed, 8, 32) - 20.0, random(seed + 1, 32)
+    logits, bias = random(seed, 8, 32) - 20.0, random(seed + 1, 32) - 2.0
     spec = RoutingSpec(
         method=RoutingMethod.DEEPSEEK_V3,
         scoring="sigmoid",
