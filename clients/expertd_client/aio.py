@@ -11,6 +11,7 @@ from expertd_client import queries
 from expertd_client.calls import ArrayT, CallOptions, Reply, decode_reply, encode_call
 from expertd_client.errors import DeadlineExceeded, Unavailable
 from expertd_client.queries import AnswerT, Query
+from expertd_client.stream import CallStream
 from expertd_client.transport.base import AsyncTransport
 from expertd_client.transport.grpc import AsyncGrpcTransport, GrpcSettings
 from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
@@ -72,6 +73,10 @@ class AsyncClient:
         """
         request = encode_call(model, layer, hidden_states, **options)
         return decode_reply(await self._transport.forward(request, timeout), hidden_states)
+
+    def stream(self) -> CallStream:
+        """Many calls on one stream: `async with client.stream() as stream: await stream.call(…)`."""
+        return CallStream(self._transport.stream())
 
     async def layers(
         self, model: str | None = None, *, timeout: float | None = 30.0

@@ -3,6 +3,7 @@
 SERVICE = "expertd_wire.v1.Experts"
 ADMIN_SERVICE = "expertd_wire.v1.Admin"
 FORWARD = f"/{SERVICE}/Forward"
+FORWARD_STREAM = f"/{SERVICE}/ForwardStream"
 LIST_LAYERS = f"/{SERVICE}/ListLayers"
 GET_LAYER = f"/{SERVICE}/GetLayer"
 GET_CAPABILITIES = f"/{SERVICE}/GetCapabilities"

@@ -21,8 +21,28 @@ class Transport(ABC):
         """Give back what the carrier holds; calls under way end with an error."""
 
 
+class ByteStream(ABC):
+    """Requests out and replies back, in no fixed order; raises ExpertdError when it breaks."""
+
+    @abstractmethod
+    async def send(self, request: bytes) -> None:
+        """Hands one ForwardRequest to the carrier."""
+
+    @abstractmethod
+    async def receive(self) -> bytes | None:
+        """The next ForwardReply; None when the server has ended the stream."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Breaks the stream off."""
+
+
 class AsyncTransport(ABC):
-    """A carrier for AsyncClient, with the same three methods."""
+    """A carrier for AsyncClient, with the same three methods and streams."""
+
+    @abstractmethod
+    def stream(self) -> ByteStream:
+        """A new stream of calls."""
 
     @abstractmethod
     async def forward(self, request: bytes, timeout: float | None) -> bytes:

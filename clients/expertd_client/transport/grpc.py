@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,11 +12,12 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from expertd_client.errors import ExpertdError, InvalidArgument, error_for
-from expertd_client.transport.base import AsyncTransport, Transport
+from expertd_client.errors import ExpertdError, InvalidArgument, Unavailable, error_for
+from expertd_client.transport.base import AsyncTransport, ByteStream, Transport
 from expertd_wire.methods import (
     DEFAULT_MAX_MESSAGE_BYTES,
     FORWARD,
+    FORWARD_STREAM,
     MESSAGE_SLACK_BYTES,
     STATUS_KEY,
 )
@@ -123,6 +126,10 @@ class AsyncGrpcTransport(AsyncTransport):
     async def query(self, path: str, request: bytes, timeout: float | None) -> bytes:
         return await self._call(self._channel.unary_unary(path), request, timeout)
 
+    def stream(self) -> ByteStream:
+        call = self._channel.stream_stream(FORWARD_STREAM)(metadata=self._metadata)
+        return GrpcByteStream(call, self._settings)
+
     async def close(self) -> None:
         await self._channel.close()
 
@@ -132,6 +139,32 @@ class AsyncGrpcTransport(AsyncTransport):
         except grpc.RpcError as error:
             raise self._settings.translated(error) from error
         return reply
+
+
+class GrpcByteStream(ByteStream):
+    """One ForwardStream."""
+
+    def __init__(self, call: Any, settings: GrpcSettings) -> None:
+        self._call = call
+        self._settings = settings
+
+    async def send(self, request: bytes) -> None:
+        await self._translated(self._call.write(request))
+
+    async def receive(self) -> bytes | None:
+        reply = await self._translated(self._call.read())
+        return reply if isinstance(reply, bytes) else None
+
+    async def close(self) -> None:
+        self._call.cancel()
+
+    async def _translated(self, step: Awaitable[Any]) -> Any:
+        try:
+            return await step
+        except grpc.RpcError as error:
+            raise self._settings.translated(error) from error
+        except asyncio.InvalidStateError as error:
+            raise Unavailable("the stream has ended; open another one") from error
 
 
 def _status(error: Any) -> UnpackedStatus:

@@ -1,0 +1,115 @@
+"""Many calls at once on one stream; replies find their calls by request id."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from types import TracebackType
+from typing import Self, Unpack
+
+from expertd_client.calls import ArrayT, CallOptions, Reply, decode_reply, encode_call
+from expertd_client.errors import (
+    DeadlineExceeded,
+    ExpertdError,
+    InvalidArgument,
+    Unavailable,
+    error_for,
+)
+from expertd_client.transport.base import ByteStream
+from expertd_wire.codec import decode_forward_reply
+from expertd_wire.status import unpack_status
+from expertd_wire.tensors import WireError
+
+
+class CallStream:
+    """A stream of calls; a failed call raises its error and leaves the stream to the others."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self._ids = itertools.count(1)
+        self._waiting: dict[str, asyncio.Future[bytes]] = {}
+        self._sending = asyncio.Lock()
+        self._reader: asyncio.Task[None] | None = None
+
+    async def call(
+        self,
+        model: str,
+        layer: int,
+        hidden_states: ArrayT,
+        *,
+        timeout: float | None = 30.0,
+        **options: Unpack[CallOptions],
+    ) -> Reply[ArrayT]:
+        """One call, as AsyncClient.call; calls of one stream may be awaited in any order."""
+        request_id = options.setdefault("request_id", f"stream-{next(self._ids)}") or ""
+        if request_id in self._waiting:
+            raise InvalidArgument(f"request_id {request_id!r} is already under way on this stream")
+        request = encode_call(model, layer, hidden_states, **options)
+        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._waiting[request_id] = reply
+        try:
+            async with asyncio.timeout(timeout):
+                async with self._sending:
+                    await self._stream.send(request)
+                return decode_reply(await reply, hidden_states)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no reply within {timeout} s") from None
+        finally:
+            self._waiting.pop(request_id, None)
+
+    async def forward(
+        self,
+        model: str,
+        layer: int,
+        hidden_states: ArrayT,
+        *,
+        timeout: float | None = 30.0,
+        **options: Unpack[CallOptions],
+    ) -> ArrayT:
+        """The experts' output alone."""
+        reply = await self.call(model, layer, hidden_states, timeout=timeout, **options)
+        return reply.output
+
+    async def __aenter__(self) -> Self:
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._reader is not None:
+            self._reader.cancel()
+        await self._stream.close()
+        self._fail(Unavailable("the stream was closed"))
+
+    async def _read(self) -> None:
+        try:
+            while (data := await self._stream.receive()) is not None:
+                self._deliver(data)
+            self._fail(Unavailable("the server ended the stream"))
+        except ExpertdError as error:
+            self._fail(error)
+
+    def _deliver(self, data: bytes) -> None:
+        """Hands a reply, or the error it carries, to the call that waits for it."""
+        try:
+            reply = decode_forward_reply(data)
+            error = error_for(*unpack_status(reply.status)) if reply.status else None
+        except WireError as problem:
+            self._fail(ExpertdError(f"the server's reply cannot be read: {problem}"))
+            return
+        waiting = self._waiting.get(reply.request_id)
+        if waiting is None or waiting.done():
+            return
+        if error is None:
+            waiting.set_result(data)
+        else:
+            waiting.set_exception(error)
+
+    def _fail(self, error: ExpertdError) -> None:
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(error)
