@@ -1,0 +1,89 @@
+"""The other commands: call, health, print-config."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.e2e.servers import EXPERTD, Server, environment, expertd
+
+from expertd.cli import main
+
+
+@pytest.mark.parametrize("routing", ["logits", "topk"])
+def test_call_prints_the_reply_as_json(home: Path, server: Server, routing: str) -> None:
+    flags = ("--model", "demo", "--layer", "1", "--tokens", "5", "--routing", routing, "--json")
+    ended = expertd(home, "call", server.grpc, *flags)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["output"] == {"dtype": "bfloat16", "shape": [5, 256]}
+    assert (told["backend"], told["mode"], told["entry"]) == ("grouped", "routed", "grouped")
+    assert min(told["queued_ns"], told["staged_ns"], told["computed_ns"]) > 0
+    assert told["norm"] > 0
+
+
+def test_call_prints_a_table_for_people(home: Path, server: Server) -> None:
+    flags = ("--model", "echo", "--layer", "0", "--backend", "identity")
+    ended = expertd(home, "call", server.grpc, *flags)
+    assert ended.returncode == 0, ended.stderr
+    assert "identity" in ended.stdout and "norm" in ended.stdout and " ms" in ended.stdout
+
+
+def test_call_tells_the_servers_reasons(home: Path, server: Server) -> None:
+    flags = ("--model", "demo", "--layer", "0", "--backend", "identity")
+    ended = expertd(home, "call", server.grpc, *flags)
+    assert ended.returncode in (1, 3) and ended.stdout == ""
+    assert "computes no experts" in ended.stderr and "Traceback" not in ended.stderr
+    ended = expertd(home, "call", server.grpc, "--model", "dmeo", "--layer", "0")
+    assert ended.returncode == 1 and "'dmeo' is not served" in ended.stderr
+
+
+def test_health_is_0_or_1(home: Path, server: Server) -> None:
+    assert expertd(home, "health", server.grpc).returncode == 0
+    ended = expertd(home, "health", "127.0.0.1:1")
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+
+
+def test_print_config_tells_each_value_and_its_origin(home: Path) -> None:
+    config = home / "settings.toml"
+    config.write_text('http_port = 7000\ngrpc_port = 7001\nidentity = ["e=8"]\n')
+    flags = ("--config", str(config), "--http-port", "9000", "--print-config")
+    variables = environment(home) | {"EXPERTD_HTTP_PORT": "8500", "EXPERTD_GRPC_PORT": "8501"}
+    ended = subprocess.run(
+        [*EXPERTD, "serve", *flags], env=variables, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    told = {line.split(" = ")[0]: line for line in lines}
+    assert told["http_port"] == "http_port = 9000  # flag --http-port"
+    assert told["grpc_port"] == "grpc_port = 8501  # variable EXPERTD_GRPC_PORT"
+    assert told["identity"].endswith(f"# identity in {config}")
+    assert told["host"] == 'host = "127.0.0.1"  # default'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("no_such = 1", "unknown settings .'no_such'.; accepted: "),
+        ("http_port = [", "settings.toml"),
+        ("http_port = 99999", "0 to 65535 is accepted"),
+    ],
+)
+def test_a_bad_config_exits_2(home: Path, text: str, words: str) -> None:
+    config = home / "settings.toml"
+    config.write_text(text)
+    ended = expertd(home, "serve", "--config", str(config), "--print-config")
+    assert ended.returncode == 2 and re.search(words, ended.stderr)
+
+
+def test_unknown_commands_and_no_command_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in ([], ["srve"], ["call"]):
+        with pytest.raises(SystemExit) as ended:
+            main(args)
+        assert ended.value.code == 2 and "usage: expertd" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert not ended.value.code and capsys.readouterr().out.startswith("expertd ")

@@ -1,0 +1,189 @@
+"""From start to end: readiness, signals, drain, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from tests.e2e.local import FLAGS, Local
+from tests.e2e.servers import MINUTE, PORTS, Server, expertd, in_process, serving
+from tests.service.engine.parts import Gate
+
+from expertd.cli import main
+from expertd.engine.resident import LayerState
+from expertd_client import Client
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_exits_0(home: Path, number: signal.Signals) -> None:
+    with serving(home, "--identity", "echo=64") as server:
+        with Client(server.grpc) as client:
+            rows = np.ones((4096, 64), np.float32)
+            answers: list[Any] = []
+            call = threading.Thread(target=lambda: answers.append(client.forward("echo", 0, rows)))
+            call.start()
+            call.join(MINUTE)
+            server.process.send_signal(number)
+            assert server.process.wait(MINUTE) == 0, server.log.read_text()
+            assert len(answers) == 1 and not client.health(timeout=1)
+        assert server.process.stdout is not None
+        assert server.process.stdout.read() == "", "stdout carries the one line only"
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_draining_answers_what_was_accepted(local: Local) -> None:
+    local.script(gate := Gate())
+    answers: list[Any] = []
+    calls = [
+        threading.Thread(target=lambda p=protocol: answers.append(local.ask(p)))
+        for protocol in ("grpc", "http")
+    ]
+    for call in calls:
+        call.start()
+    local.until(lambda: gate.entered.is_set() and local.echo.queued_tokens == 2)
+    drained: list[bool] = []
+    stop = threading.Thread(target=lambda: drained.append(local.app.stop()))
+    stop.start()
+    local.until(lambda: local.app.engine.draining)
+    with httpx.Client(base_url=f"http://{local.addresses.http}", trust_env=False) as web:
+        ready = web.get("/readyz")
+        assert ready.status_code == 503 and ready.json()["missing"] == ["draining"]
+        assert web.get("/healthz").status_code == 200
+    with Client(local.addresses.grpc) as client:
+        assert not client.health()
+    gate.opened.set()
+    for thread in (*calls, stop):
+        thread.join(MINUTE)
+    assert [answer.code for answer in answers] == ["OK", "OK"] and drained == [True]
+
+
+def test_a_drain_that_takes_too_long_is_told() -> None:
+    with in_process(*FLAGS, "--drain-seconds", "0.2", stop_after=False) as (app, addresses):
+        assert app.wait_ready()
+        local = Local(app, addresses)
+        local.script(gate := Gate())
+        (call,) = local.in_background(1)
+        assert gate.entered.wait(10)
+        assert not app.stop()
+        gate.opened.set()
+        call.join(MINUTE)
+
+
+def test_readiness_before_and_after(local: Local) -> None:
+    url = f"http://{local.addresses.http}"
+    local.echo.state = LayerState.LOADING
+    with Client(local.addresses.grpc) as client:
+        local.until(lambda: not client.health())
+        ready = httpx.get(f"{url}/readyz", trust_env=False)
+        assert ready.status_code == 503
+        assert ready.json() == {"ready": False, "missing": ["layer echo/0 is loading"]}
+        assert httpx.get(f"{url}/healthz", trust_env=False).status_code == 200
+        local.echo.state = LayerState.READY
+        local.until(lambda: client.health())
+    assert httpx.get(f"{url}/readyz", trust_env=False).json() == {"ready": True, "missing": []}
+
+
+def test_a_layer_that_cannot_be_loaded_leaves_the_others(home: Path, deep: Path) -> None:
+    broken = home / "broken"
+    broken.mkdir()
+    for file in deep.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    spoil(broken, b"model.layers.0.mlp.gate.e_score_correction_bias")
+    with in_process("--model", f"deep={broken}") as (app, addresses):
+        assert not app.wait_ready()
+        local = Local(app, addresses)
+        local.until(lambda: app.residents.get("deep", 1).state is LayerState.READY)
+        fields: dict[str, Any] = {
+            "model": "deep",
+            "hidden_states": torch.ones(2, 256),
+            "router_logits": torch.zeros(2, 32),
+        }
+        answer = local.ask("grpc", **fields)
+        assert answer.reason == "LAYER_FAILED"
+        assert re.search("e_score_correction_bias.*finite", answer.message)
+        assert local.ask("grpc", **fields | {"layer": 1}).code == "OK"
+        (missing,) = app.engine.missing()
+        assert missing == "layer deep/0 is failed"
+
+
+def spoil(path: Path, name: bytes) -> None:
+    """Makes the tensor of this name NaN."""
+    for file in path.glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        if entry := header.get(name.decode()):
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            data[begin:end] = b"\xff" * (end - begin)
+            file.write_bytes(data)
+            return
+    raise AssertionError(name)
+
+
+FLAGS_AMISS: dict[str, tuple[list[str], str]] = {
+    "unknown flag": (["--identity", "e=8", "--no-such-flag"], "unrecognized arguments"),
+    "nothing": ([], "nothing to serve"),
+    "host": (["--identity", "e=8", "--host", "0.0.0.0"], "--host 0.0.0.0: .*127.0.0.1"),
+    "backend": (["--identity", "e=8", "--backend", "cutlas"], "cutlas: accepted: auto, .*grouped"),
+    "names": (["--identity", "e=8", "--identity", "e=9"], "given twice: e"),
+    "port": (["--identity", "e=8", "--http-port", "70000"], "0 to 65535 is accepted"),
+    "identity": (["--identity", "e=none"], "NAME=HIDDEN is accepted"),
+    "range": (["--demo", "--layers", "5-3"], "inclusive range such as 3-10"),
+    "config": (["--config", "/no/such/file.toml", "--demo"], "/no/such/file.toml"),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS_AMISS)
+def test_flags_that_cannot_be_exit_2_and_say_why(
+    case: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("EXPERTD_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("expertd.cli.serve.set_up", lambda log: None)
+    flags, words = FLAGS_AMISS[case]
+    try:
+        code = main(["serve", *PORTS, *flags])
+    except SystemExit as ended:  # argparse's own way
+        code = int(ended.code or 0)
+    told = capsys.readouterr()
+    assert code == 2 and told.out == "" and re.search(words, told.err)
+
+
+MODELS_AMISS: dict[str, tuple[list[str], str]] = {
+    "device": (["--identity", "e=8", "--device", "cuda:99"], "cuda:99.*does not exist"),
+    "path": (["--model", "x=/no/such/checkpoint"], "/no/such/checkpoint"),
+    "experts": (["--demo", "--experts", "30-40"], "experts 30-40 .*0-31"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS_AMISS)
+def test_what_cannot_be_served_exits_2_and_says_why(home: Path, server: Server, case: str) -> None:
+    flags, words = MODELS_AMISS[case]
+    ended = expertd(home, "serve", *PORTS, *flags)
+    assert ended.returncode == 2, ended.stderr
+    assert re.search(words, ended.stderr) and "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+
+
+@pytest.mark.parametrize(("flag", "listens"), [("--http-port", False), ("--grpc-port", True)])
+def test_a_taken_port_exits_2(home: Path, flag: str, listens: bool) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        if listens:
+            taken.listen()
+        port = str(taken.getsockname()[1])
+        ended = expertd(home, "serve", "--identity", "e=8", *PORTS, flag, port)
+    assert ended.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert "Traceback" not in ended.stderr
