@@ -327,6 +327,12 @@ def test_wrong_settings_are_named(change: dict[str, Any], text: str) -> None:
         family_routing({"model_type": "deepseek_v3", "num_experts_per_tok": 8, **change})
 
 
+def test_no_groups_may_be_written_as_zero() -> None:
+    config = {"model_type": "deepseek_v3", "num_experts_per_tok": 8, "n_group": 0, "topk_group": 0}
+    spec = family_routing(config)
+    assert (spec.n_group, spec.topk_group, spec.method) == (None, None, "MiniMax2")
+
+
 def test_settings_that_tell_rows_apart() -> None:
     config = {"model_type": "deepseek_v2", "num_experts_per_tok": 6, "topk_method": "noaux_tc"}
     text = "topk_method='noaux_tc'; accepted: topk_method='greedy' or topk_method='group_limited"

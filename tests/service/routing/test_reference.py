@@ -191,6 +191,15 @@ def test_sigmoid_renorm_clamps_the_sum() -> None:
     assert weights.sum().item() == pytest.approx(8 * math.exp(-50) / 1e-20, rel=1e-3)
 
 
+@pytest.mark.parametrize(("eps", "floor"), [(None, 1e-12), (1e-9, 1e-9)])
+def test_softmax_bias_clamps_the_sum(eps: float | None, floor: float) -> None:
+    """A bias chooses experts whose probabilities are next to nothing."""
+    logits, bias = torch.tensor([[0.0, -40.0, -40.0]]), torch.tensor([0.0, 9.0, 9.0])
+    ids, weights = route("SoftmaxBias", logits, bias=bias, top_k=2, eps=eps)
+    assert ids.tolist() == [[1, 2]]
+    assert weights.sum().item() == pytest.approx(2 * math.exp(-40) / floor, rel=1e-3)
+
+
 def test_group_score_and_fill() -> None:
     """One very good expert wins by max, two good ones by the sum of the best two."""
     logits = torch.tensor([[3.0, -9.0, 2.0, 2.0]])
