@@ -75,7 +75,7 @@ class AsyncClient:
         return decode_reply(await self._transport.forward(request, timeout), hidden_states)
 
     def stream(self) -> CallStream:
-        """Many calls on one stream: `async with client.stream() as stream: await stream.call(…)`."""
+        """Many calls on one stream: `async with client.stream() as s: await s.call(...)`."""
         return CallStream(self._transport.stream())
 
     async def layers(

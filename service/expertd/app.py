@@ -14,7 +14,6 @@ import torch
 
 from expertd import __version__
 from expertd.capability.device import DeviceInfo, detect
-from expertd.capability.rows import BACKENDS
 from expertd.config import Settings, cache_directory
 from expertd.engine.batcher import Budget
 from expertd.engine.engine import Engine, EngineOptions
@@ -22,6 +21,7 @@ from expertd.engine.loader import Loader
 from expertd.engine.resident import LayerState, Residents, Trust
 from expertd.errors import InvalidArgument
 from expertd.metrics import Metrics
+from expertd.preflight import LOOPBACK, tls_files
 from expertd.proof.prover import Prover
 from expertd.proof.store import ProofStore
 from expertd.sources import model_sources
@@ -36,11 +36,10 @@ from expertd.transport.http_forward import Ingress
 from expertd.transport.http_server import HttpLimits, HttpServer
 from expertd.transport.messages import capabilities
 from expertd.transport.native import ExpertsService
-from expertd.transport.tls import TlsFiles, check_tls
+from expertd.transport.tls import TlsFiles
 from expertd_wire.methods import ADMIN_SERVICE, SERVICE
 from expertd_wire.v1 import experts_pb2 as pb
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEALTH_PERIOD_SECONDS = 0.05
 
 
@@ -68,7 +67,7 @@ class App:
         trust = Trust(settings.trust == "declared", settings.exact_routing)
         self.loader = Loader(self.residents, self._device, torch_device, prover, trust)
         self.steward = Steward(self.loader, self.residents, stop.set)
-        guard, tls = _guard(settings), _tls(settings)
+        guard, tls = _guard(settings), tls_files(settings)
         self._grpc = self._build_grpc(guard, tls)
         self._http = self._build_http(guard, tls)
 
@@ -128,8 +127,8 @@ class App:
         ingress = Ingress(chosen.max_message_bytes, chosen.ingress_bytes)
         limits = HttpLimits(chosen.max_header_bytes, chosen.header_seconds)
         hosts = frozenset((*LOOPBACK, chosen.host, *(chosen.allow_host or ())))
-        door = HttpDoor(build_http(desk, ingress, self._capabilities), guard, hosts)
-        return HttpServer(door, limits, tls)
+        self.http_application = build_http(desk, ingress, self._capabilities)
+        return HttpServer(HttpDoor(self.http_application, guard, hosts), limits, tls)
 
     def _watch(self) -> None:
         """Keeps grpc.health.v1 equal to what /readyz says."""
@@ -155,62 +154,6 @@ def build_info(device: DeviceInfo) -> dict[str, str]:
         "flashinfer": device.flashinfer or "",
         "device": device.name,
     }
-
-
-def check_settings(settings: Settings) -> None:
-    """Raises InvalidArgument for settings that cannot be served together."""
-    for check in (_check_host, _check_backend, _check_models, _check_ingress, _check_tls):
-        check(settings)
-
-
-def _check_host(settings: Settings) -> None:
-    if settings.host not in LOOPBACK and settings.tokens is None:
-        raise InvalidArgument(
-            f"--host {settings.host}: without --tokens only {', '.join(LOOPBACK)} are accepted, "
-            "because callers could not be told apart"
-        )
-
-
-def _check_backend(settings: Settings) -> None:
-    if settings.backend not in ("auto", *BACKENDS):
-        accepted = ", ".join(("auto", *BACKENDS))
-        raise InvalidArgument(f"--backend {settings.backend}: accepted: {accepted}")
-
-
-def _check_models(settings: Settings) -> None:
-    if not (settings.model or settings.demo or settings.identity):
-        raise InvalidArgument("nothing to serve; give --model NAME=PATH, --demo or --identity")
-    names = [named.name for named in (*settings.model, *settings.identity)]
-    names += ["demo"] if settings.demo else []
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InvalidArgument(f"model names are given twice: {', '.join(twice)}")
-
-
-def _check_ingress(settings: Settings) -> None:
-    """gRPC holds one message for each running call: all of them must fit."""
-    most = settings.max_concurrent_calls * settings.max_message_bytes
-    if most > settings.ingress_bytes:
-        raise InvalidArgument(
-            f"--max-concurrent-calls {settings.max_concurrent_calls} of --max-message-bytes "
-            f"{settings.max_message_bytes} may take {most} bytes, more than --ingress-bytes "
-            f"{settings.ingress_bytes}; lower the first two or raise the last"
-        )
-
-
-def _check_tls(settings: Settings) -> None:
-    if bool(settings.tls_cert) != bool(settings.tls_key):
-        raise InvalidArgument("--tls-cert and --tls-key belong together; give both or neither")
-    if settings.tls_client_ca and not settings.tls_cert:
-        raise InvalidArgument("--tls-client-ca needs --tls-cert and --tls-key")
-    if tls := _tls(settings):
-        check_tls(tls)
-
-
-def _tls(settings: Settings) -> TlsFiles | None:
-    if not (settings.tls_cert and settings.tls_key):
-        return None
-    ca = Path(settings.tls_client_ca) if settings.tls_client_ca else None
-    return TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), ca)
 
 
 def _guard(settings: Settings) -> Guard:

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from expertd.app import App, check_settings
+from expertd.app import App
 from expertd.config import add_flags, resolve
+from expertd.preflight import check_settings
 
 EXPERTD = [sys.executable, "-c", "import sys; from expertd.cli import main; sys.exit(main())"]
 PORTS = ["--http-port", "0", "--grpc-port", "0"]

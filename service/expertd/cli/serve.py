@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from expertd.config import Resolved, Settings, add_flags, resolve
 from expertd.logs import set_up
+from expertd.preflight import check_settings
 
 if TYPE_CHECKING:
     from expertd.app import Addresses
@@ -46,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
 def serve(settings: Settings) -> int:
     """Runs until SIGINT or SIGTERM; 0 after a complete drain, 1 if a layer or the engine failed."""
-    from expertd.app import App, check_settings
-
     check_settings(settings)
+    from expertd.app import App
+
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

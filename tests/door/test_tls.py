@@ -1,0 +1,160 @@
+"""TLS and mTLS on both protocols, with certificates that are replaced while the server runs."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+import httpx
+import pytest
+from tests.e2e.servers import Server, expertd, serving
+
+from expertd_client import Client
+
+DAYS = "2"
+
+
+class Pair(NamedTuple):
+    certificate: Path
+    key: Path
+
+
+def openssl(*args: str) -> None:
+    subprocess.run(["openssl", *args], check=True, capture_output=True)
+
+
+class Authority:
+    """A CA made for one test."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.pair = Pair(directory / "ca.pem", directory / "ca.key")
+        subject = ("-subj", "/CN=expertd test CA")
+        files = ("-keyout", str(self.pair.key), "-out", str(self.pair.certificate))
+        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", DAYS, *subject, *files)
+
+    def issue(self, name: str, serial: int) -> Pair:
+        pair = Pair(self.directory / f"{name}.pem", self.directory / f"{name}.key")
+        request, extra = self.directory / f"{name}.csr", self.directory / f"{name}.ext"
+        extra.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+        subject = ("-subj", f"/CN={name}")
+        openssl(
+            *("req", "-newkey", "rsa:2048", "-nodes", *subject),
+            *("-keyout", str(pair.key), "-out", str(request)),
+        )
+        ca = ("-CA", str(self.pair.certificate), "-CAkey", str(self.pair.key))
+        openssl(
+            *("x509", "-req", "-in", str(request), *ca, "-days", DAYS),
+            *("-set_serial", str(serial), "-extfile", str(extra), "-out", str(pair.certificate)),
+        )
+        return pair
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture(scope="module")
+def secure(home: Path, authority: Authority) -> Iterator[Server]:
+    """A server that wants clients' certificates."""
+    pair = authority.issue("server", 1)
+    flags = ("--tls-cert", str(pair.certificate), "--tls-key", str(pair.key))
+    ca = ("--tls-client-ca", str(authority.pair.certificate))
+    with serving(home, "--identity", "echo=8", *flags, *ca) as running:
+        yield running
+
+
+def context(authority: Authority, client: Pair | None) -> ssl.SSLContext:
+    made = ssl.create_default_context(cafile=str(authority.pair.certificate))
+    if client is not None:
+        made.load_cert_chain(client.certificate, client.key)
+    return made
+
+
+def credentials(authority: Authority, client: Pair | None) -> grpc.ChannelCredentials:
+    ca = authority.pair.certificate.read_bytes()
+    if client is None:
+        return grpc.ssl_channel_credentials(ca)
+    key, certificate = client.key.read_bytes(), client.certificate.read_bytes()
+    return grpc.ssl_channel_credentials(ca, key, certificate)
+
+
+def test_mutual_tls_on_both(secure: Server, authority: Authority) -> None:
+    client = authority.issue("client", 2)
+    url = f"https://{secure.http}"
+    with httpx.Client(verify=context(authority, client), trust_env=False) as web:
+        assert web.get(f"{url}/healthz").status_code == 200
+    with Client(secure.grpc, credentials=credentials(authority, client)) as connected:
+        assert connected.health()
+        assert [layer.model for layer in connected.layers()] == ["echo"]
+
+
+def test_without_a_certificate_nobody_comes_in(secure: Server, authority: Authority) -> None:
+    with (
+        httpx.Client(verify=context(authority, None), trust_env=False) as web,
+        pytest.raises(httpx.TransportError),
+    ):
+        web.get(f"https://{secure.http}/healthz")
+    with Client(secure.grpc, credentials=credentials(authority, None)) as connected:
+        assert not connected.health(timeout=2)
+    with httpx.Client(trust_env=False) as plain, pytest.raises(httpx.TransportError):
+        plain.get(f"http://{secure.http}/healthz")
+
+
+def served_serial(address: str, made: ssl.SSLContext) -> str:
+    """The serial number of the certificate that a fresh connection is shown."""
+    host, port = address.split(":")
+    with (
+        socket.create_connection((host, int(port)), 5) as raw,
+        made.wrap_socket(raw, server_hostname="localhost") as wrapped,
+    ):
+        shown = wrapped.getpeercert()
+    assert shown is not None
+    return str(shown["serialNumber"])
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_replaced_certificates_are_served_and_broken_ones_are_not(
+    secure: Server, authority: Authority
+) -> None:
+    client = authority.issue("client", 3)
+    made = context(authority, client)
+    made.set_alpn_protocols(["h2"])
+    before = served_serial(secure.http, made)
+    pair = authority.issue("server", 77)  # the same files, another certificate
+    for address in (secure.http, secure.grpc):
+        until(lambda address=address: int(served_serial(address, made), 16) == 77)
+    assert int(before, 16) != 77
+    kept = pair.certificate.read_text()
+    pair.certificate.write_text("no certificate")
+    time.sleep(2.5)
+    for address in (secure.http, secure.grpc):
+        assert int(served_serial(address, made), 16) == 77
+    pair.certificate.write_text(kept)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--tls-cert", "nowhere"), "--tls-key"),
+        (("--tls-client-ca", "nowhere"), "--tls-cert"),
+        (("--tls-cert", "nowhere", "--tls-key", "nowhere"), "No such file"),
+    ],
+)
+def test_bad_tls_flags_are_refused(home: Path, flags: tuple[str, ...], says: str) -> None:
+    ended = expertd(home, "serve", "--identity", "echo=8", *flags)
+    assert ended.returncode == 2
+    assert says in ended.stderr
