@@ -135,7 +135,8 @@ def test_26_what_cannot_run_is_refused_at_load() -> None:
 def test_26_a_backend_without_code_is_refused_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     row = replace(ROWS[0], load="expertd.backends.nowhere.backend:Nothing")
-    assert "backend_absent" in {r.code for r in layer_refusals(row, layer(), on("sm100"))}
+    here = replace(on("sm100"), simulated=False)
+    assert "backend_absent" in {r.code for r in layer_refusals(row, layer(), here)}
 
 
 def test_27_an_empty_batch_routes_to_an_empty_choice() -> None:

@@ -14,10 +14,11 @@ import torch
 from expertd.backends.base import Backend, Batch
 from expertd.backends.build import build
 from expertd.backends.grouped.backend import Grouped
-from expertd.capability.device import detect
-from expertd.capability.row import State
+from expertd.capability.device import DeviceInfo, detect
+from expertd.capability.row import Cell, Row, State
 from expertd.capability.rows.grouped import ROWS as GROUPED
 from expertd.capability.rows.reference import ROWS as REFERENCE
+from expertd.cli import main
 from expertd.core import Activation, ActivationKind, LayerSpec, QuantScheme
 from expertd.errors import LayerFailed
 from expertd.proof import cases
@@ -164,3 +165,45 @@ def test_the_self_check_compares_each_backend_on_the_layers_own_weights() -> Non
     bad = made(HalvesSwapped, ROW, spec, weights, None, CPU)
     with pytest.raises(LayerFailed, match="grouped differs from the reference"):
         self_check(spec, reference, [good, bad])
+
+
+GOLDEN = {
+    "all-negative logits",
+    "large bias, scale 2.5",
+    "near ties",
+    "padded sizes, not gated",
+    "clamp exceeded",
+}
+
+
+@pytest.mark.slow
+def test_verify_runs_the_golden_cases_on_every_usable_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seen: dict[Cell, set[str]] = {}
+
+    def watched(row: Row, quant: QuantScheme, device: DeviceInfo, seed: int) -> Proof:
+        proof = prove(row, quant, device, seed)
+        seen[proof.cell] = {trial.case for trial in proof.trials}
+        return proof
+
+    monkeypatch.setattr("expertd.cli.verify.prove", watched)
+    assert main(["verify", "--device", "cpu", "--json"]) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert {cell["state"] for cell in cells} == {"proven"}
+    assert {cell["backend"] for cell in cells} == {"grouped", "reference"}
+    assert all(cases >= GOLDEN for cases in seen.values())
+    assert set(ProofStore(tmp_path / "expertd", detect("cpu")).states()) == set(seen)
+
+
+def test_verify_fails_when_a_cell_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cell = ROW.cell(QuantScheme.BF16)
+    failed = Proof(cell, 1e-2, (Trial("near ties", "Default", 0.5),))
+    monkeypatch.setattr("expertd.cli.verify.prove", lambda *_: failed)
+    assert main(["verify", "--device", "cpu", "--backend", "grouped"]) == 1
+    assert "near ties" in capsys.readouterr().out
+    assert main(["verify", "--backend", "nothing"]) == 2
