@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TORCH_DTYPES = {
+    "F64": "float64",
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
@@ -30,6 +31,8 @@ TORCH_DTYPES = {
     "F8_E8M0": "uint8",
     "U8": "uint8",
     "I8": "int8",
+    "BOOL": "bool",
+    "I16": "int16",
     "I32": "int32",
     "I64": "int64",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Callable, Iterator
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from expertd.core import QuantScheme
-from expertd.errors import InvalidArgument
-from expertd.weights.quantize import quantize_matrix
+from expertd.errors import FailedPrecondition, InvalidArgument
+from expertd.weights.requantize import quantize_checkpoint
+from expertd.weights.tiny import TINY, Sizes
 from expertd.weights.writer import new_directory, write_json, write_shards
 
 HIDDEN, EXPERTS, TOP_K, WIDTH, LAYERS, VOCABULARY = 256, 32, 4, 128, 2, 512
@@ -33,7 +35,6 @@ COMMON: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
     "vocab_size": VOCABULARY,
 }
 
@@ -107,15 +108,14 @@ DEMOS = {
         },
     ),
 }
-"""Every family that a demo can be made of."""
+"""The families whose demo needs nothing but torch."""
 
-FP8_CONFIG = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "modules_to_not_convert": ["lm_head"],
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
+PLAIN_DTYPES = {
+    QuantScheme.BF16: torch.bfloat16,
+    QuantScheme.FP16: torch.float16,
+    QuantScheme.FP32: torch.float32,
 }
+SIZES = Sizes(hidden=HIDDEN, width=WIDTH, experts=EXPERTS, top_k=TOP_K)
 
 
 def write_demo(
@@ -123,70 +123,82 @@ def write_demo(
 ) -> None:
     """Write the demo model of a family; equal arguments give equal bytes.
 
-    Raises InvalidArgument for a family or scheme without a demo, or when out exists.
+    Families other than those of DEMOS are built by transformers. Raises InvalidArgument for a
+    family or scheme that there is not, or when out exists; FailedPrecondition for a scheme that the
+    family has no layout for, or without transformers.
     """
-    demo, linear = _choice("family", DEMOS, family), _choice("quant", LINEARS, quant)
-    config = COMMON | demo.config
-    if quant == "fp8_block128":
-        config["quantization_config"] = FP8_CONFIG
-    random = torch.Generator().manual_seed(seed)
+    scheme = _scheme(quant)
+    dtype = PLAIN_DTYPES.get(scheme, torch.bfloat16)
     with new_directory(out) as directory:
-        shards = [_layer(demo, layer, linear, random) for layer in range(LAYERS)]
-        shards[0]["model.embed_tokens.weight"] = _normal((VOCABULARY, HIDDEN), random).bfloat16()
-        shards[-1]["lm_head.weight"] = _normal((VOCABULARY, HIDDEN), random).bfloat16()
-        shards[-1]["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-        write_shards(directory, shards)
-        write_json(directory / "config.json", config)
+        if scheme in PLAIN_DTYPES:
+            _write_plain(directory, family, dtype, seed)
+            return
+        with tempfile.TemporaryDirectory() as draft:
+            _write_plain(Path(draft), family, dtype, seed)
+            quantize_checkpoint(Path(draft), directory, scheme)
 
 
-def _choice(what: str, known: dict[str, Any], given: str) -> Any:
-    if given not in known:
-        raise InvalidArgument(f"{what} {given!r} has no demo; those that have: {', '.join(known)}")
-    return known[given]
+def _scheme(quant: str) -> QuantScheme:
+    try:
+        return QuantScheme(quant)
+    except ValueError:
+        known = ", ".join(QuantScheme)
+        raise InvalidArgument(f"quant {quant!r} is not one of {known}") from None
 
 
-Linear = Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]
+def _write_plain(directory: Path, family: str, dtype: torch.dtype, seed: int) -> None:
+    if family in DEMOS:
+        _write_own(directory, DEMOS[family], dtype, seed)
+    else:
+        _write_built(directory, family, dtype, seed)
 
 
-def _layer(demo: Demo, layer: int, linear: Linear, random: torch.Generator) -> dict[str, Tensor]:
+def _write_built(directory: Path, family: str, dtype: torch.dtype, seed: int) -> None:
+    """A model that transformers builds and saves."""
+    tiny = next((tiny for tiny in TINY if tiny.model_type == family), None)
+    if tiny is None:
+        known = ", ".join(sorted({*DEMOS, *map(str, TINY)}))
+        raise InvalidArgument(f"family {family!r} has no demo; those that have: {known}")
+    if importlib.util.find_spec("transformers") is None:
+        raise FailedPrecondition(
+            f"the demo of {family} is built by transformers, which is not installed: "
+            'pip install "expertd[transformers]"'
+        )
+    model: Any = tiny.build(SIZES, seed).to(dtype)
+    model.save_pretrained(directory)
+
+
+def _write_own(directory: Path, demo: Demo, dtype: torch.dtype, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    shards = [_layer(demo, layer, dtype, random) for layer in range(LAYERS)]
+    shards[0]["model.embed_tokens.weight"] = _normal((VOCABULARY, HIDDEN), random).to(dtype)
+    shards[-1]["lm_head.weight"] = _normal((VOCABULARY, HIDDEN), random).to(dtype)
+    shards[-1]["model.norm.weight"] = torch.ones(HIDDEN, dtype=dtype)
+    write_shards(directory, shards)
+    name = str(dtype).removeprefix("torch.")
+    write_json(directory / "config.json", COMMON | demo.config | {"torch_dtype": name})
+
+
+def _layer(
+    demo: Demo, layer: int, dtype: torch.dtype, random: torch.Generator
+) -> dict[str, Tensor]:
     """Every tensor of a layer, by its full name."""
-    prefix = f"model.layers.{layer}."
     norms = {"input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,), **demo.norms}
-    tensors = {
-        f"{prefix}{name}.weight": torch.ones(shape).bfloat16() for name, shape in norms.items()
-    }
+    tensors = {f"{name}.weight": torch.ones(shape, dtype=dtype) for name, shape in norms.items()}
     for name, shape in demo.router.items():
-        dtype = torch.bfloat16 if name.endswith("weight") else torch.float32
-        tensors[prefix + name] = _normal(shape, random).to(dtype)
+        kept = torch.float32 if name.endswith("bias") else dtype
+        tensors[name] = _normal(shape, random).to(kept)
     for name, shape in (demo.linears | _experts()).items():
-        tensors |= dict(linear(prefix + name, _normal(shape, random)))
-    return tensors
+        tensors[f"{name}.weight"] = _normal(shape, random).to(dtype)
+    return {f"model.layers.{layer}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _experts() -> Shapes:
-    shapes = {
-        "gate_proj": (WIDTH, HIDDEN),
-        "up_proj": (WIDTH, HIDDEN),
-        "down_proj": (HIDDEN, WIDTH),
-    }
+    first, second = (WIDTH, HIDDEN), (HIDDEN, WIDTH)
+    shapes = {"gate_proj": first, "up_proj": first, "down_proj": second}
     return {f"mlp.experts.{e}.{name}": shapes[name] for e in range(EXPERTS) for name in shapes}
 
 
 def _normal(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
     """Normal numbers that keep a row's size when it is multiplied with them."""
     return torch.randn(shape, generator=random) / math.sqrt(shape[-1])
-
-
-def _bf16(name: str, w: Tensor) -> Iterator[tuple[str, Tensor]]:
-    yield f"{name}.weight", w.bfloat16()
-
-
-def _fp8_block128(name: str, w: Tensor) -> Iterator[tuple[str, Tensor]]:
-    matrix = quantize_matrix(w, QuantScheme.FP8_BLOCK128, w.abs().amax())
-    assert matrix.scale is not None
-    yield f"{name}.weight", matrix.codes
-    yield f"{name}.weight_scale_inv", matrix.scale
-
-
-LINEARS: dict[str, Linear] = {"fp8_block128": _fp8_block128, "bf16": _bf16}
-"""Every scheme that a demo can be written in."""

@@ -31,10 +31,26 @@ def load_layer(
 ) -> tuple[ExpertWeights, Tensor | None]:
     """The layer's experts held, and its correction bias float32 [E] when its router has one.
 
-    Reading, conversion and copy to the device overlap, through staging of a fixed size. Raises
-    FailedPrecondition naming file, tensor and expectation for anything that is not as it should be.
+    Raises FailedPrecondition naming file, tensor and expectation for anything that is not as it
+    should be.
     """
     model = Model.of(checkpoint)
+    weights = load_experts(model, layer, spec, device, progress)
+    return weights, correction_bias(model, layer, spec, device)
+
+
+def load_experts(
+    model: Model,
+    layer: int,
+    spec: LayerSpec,
+    device: torch.device | str,
+    progress: Progress | None = None,
+) -> ExpertWeights:
+    """The experts of a layer alone.
+
+    Reading, conversion and copy to the device overlap, through staging of a fixed size. Raises
+    as load_layer does.
+    """
     source = locate(model, layer, spec)
     weights = allocate(spec, device, static_inputs=source.static_inputs)
     with _stream_of_its_own(weights.device):
@@ -44,7 +60,7 @@ def load_layer(
             if progress is not None:
                 progress(weights.nbytes // spec.held)
         assembler.check()
-    return weights, correction_bias(model, layer, spec, device)
+    return weights
 
 
 @contextmanager
