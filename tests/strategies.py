@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from expertd.core import Activation, ActivationKind, LayerSpec, QuantScheme, Rou
 from expertd.core.routing import RoutingMethod
 from expertd.weights.canonical import ExpertWeights
 from expertd.weights.quantize import quantize
+from expertd.weights.tiny import Sizes, Tiny
 from expertd_wire.messages import ForwardCall
 from expertd_wire.tensors import WireTensor
 
@@ -110,3 +112,13 @@ def relative(got: Tensor, expected: Tensor) -> float:
     """|got - expected| / |expected|, in float64."""
     expected = expected.double()
     return float((got.double() - expected).norm() / expected.norm())
+
+
+SMALL_MODEL = Sizes(hidden=64, width=32, experts=8, top_k=2)
+"""The sizes of transformers' models that tests build."""
+
+
+def saved(model: Tiny, out: Path, **options: Any) -> Path:
+    """A tiny random model of transformers, saved as it saves it."""
+    model.build(SMALL_MODEL, seed=1).save_pretrained(out, **options)
+    return out

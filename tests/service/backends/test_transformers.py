@@ -8,24 +8,22 @@ from typing import Any
 import pytest
 import torch
 from tests.service.backends.test_torch_experts import KINDS, backend, run
-from tests.service.weights.models import Model, save
-from tests.strategies import generator, relative
+from tests.strategies import SMALL_MODEL, generator, relative
 from torch import Tensor, nn
 
 from expertd.routing import route_for
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.layers import layer_specs
 from expertd.weights.load import load_layer
+from expertd.weights.tiny import Tiny
 
 MOE = {"num_experts": 16, "num_experts_per_tok": 4}
 GROUPS = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "first_k_dense_replace": 0}
 MODELS = {
-    "qwen3_moe": Model("qwen3_moe", MOE | {"norm_topk_prob": True}),
-    "qwen3_moe as is": Model("qwen3_moe", MOE | {"norm_topk_prob": False}),
-    "deepseek_v3": Model(
-        "deepseek_v3", GROUPS | {"n_routed_experts": 16, "num_experts_per_tok": 4}
-    ),
-    "deepseek_v3 as is": Model(
+    "qwen3_moe": Tiny("qwen3_moe", MOE | {"norm_topk_prob": True}),
+    "qwen3_moe as is": Tiny("qwen3_moe", MOE | {"norm_topk_prob": False}),
+    "deepseek_v3": Tiny("deepseek_v3", GROUPS | {"n_routed_experts": 16, "num_experts_per_tok": 4}),
+    "deepseek_v3 as is": Tiny(
         "deepseek_v3", GROUPS | {"n_routed_experts": 16, "norm_topk_prob": False}
     ),
 }
@@ -53,13 +51,14 @@ def routed_block(model: Any, layer: int) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_whole_path_equals_the_block(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     random = generator(800)
-    model: Any = MODELS[name].build(seed=800)
+    model: Any = MODELS[name].build(SMALL_MODEL, seed=800)
     block = routed_block(model, 1)
     model.to(dtype)
     if hasattr(block.gate, "e_score_correction_bias"):
         bias = block.gate.e_score_correction_bias
         block.gate.e_score_correction_bias = bias.float()  # as the released checkpoints have it
-    checkpoint = Checkpoint.open(save(model, tmp_path / "m"))
+    model.save_pretrained(tmp_path / "m")
+    checkpoint = Checkpoint.open(tmp_path / "m")
     spec = layer_specs(checkpoint)[1]
     weights, bias = load_layer(checkpoint, 1, spec, "cpu")
     rows = torch.randn(50, spec.hidden, generator=random).to(dtype)

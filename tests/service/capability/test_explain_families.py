@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.service.weights.models import MODELS, Model, save
+from tests.strategies import saved
 
 from expertd.cli import main
 from expertd.core import RoutingMethod
+from expertd.weights.tiny import TINY, Tiny
 
 M = RoutingMethod
-BY_TYPE = {model.model_type: model for model in MODELS}
+BY_TYPE = {model.model_type: model for model in TINY}
 METHODS: list[tuple[str, dict[str, Any], M]] = [
     ("deepseek_v3", {}, M.DEEPSEEK_V3),
     ("kimi_linear", {}, M.DEEPSEEK_V3),
@@ -68,8 +69,8 @@ def test_the_method_of_a_family(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     base = BY_TYPE[family]
-    model = Model(family, {**base.settings, **settings}, base.width, base.architecture)
-    layers = explained(save(model.build(seed=1), tmp_path / "m"), capsys)
+    model = Tiny(family, {**base.settings, **settings}, base.width, base.architecture)
+    layers = explained(saved(model, tmp_path / "m"), capsys)
     assert {entry["routing_method"] for entry in layers} == {method}
     assert all(entry["plans"] for entry in layers)
 
@@ -77,7 +78,7 @@ def test_the_method_of_a_family(
 def test_hash_routed_layers_are_explained_by_the_form_that_works(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = save(BY_TYPE["deepseek_v4"].build(seed=1), tmp_path / "m")
+    root = saved(BY_TYPE["deepseek_v4"], tmp_path / "m")
     hashed, others = explained(root, capsys)
     assert (hashed["layers"], hashed["routing_method"]) == ("0", None)
     assert "topk_ids" in hashed["routing_refusal"] and hashed["plans"]

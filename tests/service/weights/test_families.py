@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from expertd.backends.activation import activate
 from expertd.core import LayerSpec
+from expertd.routing import route_for
 from expertd.weights.canonical import ExpertWeights
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.dequant import dequantize
@@ -42,6 +43,7 @@ def test_a_saved_model_is_read_as_it_was(model: Tiny, form: str, tmp_path: Path)
         weights, bias = load_layer(checkpoint, layer, spec, "cpu")
         if spec.routing is not None:
             assert_same_bias(bias, layer, built)
+            assert_same_routing(spec, bias, modules[layer], built)
         assert_same_weights(weights, modules[layer])
         if model.model_type not in DENSE:
             assert_same_results(spec, weights, modules[layer])
@@ -64,6 +66,32 @@ def assert_same_bias(bias: Tensor | None, layer: int, model: nn.Module) -> None:
     assert (bias is None) == (not held), held.keys()
     for tensor in held.values():
         assert bias is not None and torch.equal(bias, tensor)
+
+
+def assert_same_routing(
+    spec: LayerSpec, bias: Tensor | None, experts: nn.Module, model: nn.Module
+) -> None:
+    """What the block gives its experts for random rows, against the route of the saved config."""
+    block = next(m for m in model.modules() if any(child is experts for child in m.children()))
+    seen: dict[str, Any] = {}
+    hooks = [experts.register_forward_pre_hook(lambda _, args: seen.update(experts=args))]
+    for child in block.modules():
+        if type(child).__name__.endswith(("Router", "Gate")):
+            hooks.append(child.register_forward_hook(lambda _m, _a, out: seen.update(router=out)))
+    with torch.no_grad():
+        block(torch.randn(1, 64, HIDDEN))
+    for hook in hooks:
+        hook.remove()
+    assert spec.routing is not None
+    logits = next(part for part in seen["router"] if part.shape[-1] == EXPERTS)
+    ids, weights = route_for(spec.routing, logits.float(), bias)
+    _, their_ids, theirs = seen["experts"]
+    scale = spec.routing.routed_scaling_factor if spec.routing.scale_site == "output" else 1.0
+    torch.testing.assert_close(dense(ids, weights), dense(their_ids, theirs) * scale)
+
+
+def dense(ids: Tensor, weights: Tensor) -> Tensor:
+    return torch.zeros(len(ids), EXPERTS).scatter(1, ids.long(), weights.float())
 
 
 def assert_same_weights(weights: ExpertWeights, module: Any) -> None:
