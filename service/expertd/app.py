@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 
 from expertd import __version__
 from expertd.capability.device import DeviceInfo, detect
+from expertd.capability.drift import drift
 from expertd.config import Settings, cache_directory
 from expertd.engine.batcher import Budget
 from expertd.engine.engine import Engine, EngineOptions
@@ -24,7 +27,7 @@ from expertd.metrics import Metrics
 from expertd.preflight import LOOPBACK, tls_files
 from expertd.proof.prover import Prover
 from expertd.proof.store import ProofStore
-from expertd.sources import model_sources
+from expertd.sources import check_source, model_sources
 from expertd.steward import Steward
 from expertd.transport.admin import AdminService
 from expertd.transport.auth import Guard, read_tokens
@@ -32,13 +35,15 @@ from expertd.transport.calls import Desk
 from expertd.transport.door import HttpDoor
 from expertd.transport.grpc_server import GrpcLimits, GrpcServer
 from expertd.transport.http import build_http
-from expertd.transport.http_forward import Ingress
 from expertd.transport.http_server import HttpLimits, HttpServer
+from expertd.transport.ingress import Ingress
 from expertd.transport.messages import capabilities
 from expertd.transport.native import ExpertsService
 from expertd.transport.tls import TlsFiles
 from expertd_wire.methods import ADMIN_SERVICE, SERVICE
 from expertd_wire.v1 import experts_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_SECONDS = 0.05
 
@@ -63,16 +68,20 @@ class App:
         self.metrics = Metrics(self.residents, build_info(self._device))
         self.metrics.cells(self._count_cells)
         self.engine = Engine(self.residents, torch_device, _options(settings), self.metrics)
-        prover = Prover(ProofStore(cache_directory(), self._device), self._device)
+        self._prover = Prover(ProofStore(cache_directory(), self._device), self._device)
         trust = Trust(settings.trust == "declared", settings.exact_routing)
-        self.loader = Loader(self.residents, self._device, torch_device, prover, trust)
-        self.steward = Steward(self.loader, self.residents, stop.set)
+        self.loader = Loader(self.residents, self._device, torch_device, self._prover, trust)
+        check = partial(check_source, settings)
+        self.steward = Steward(self.loader, self.residents, check, stop.set)
+        self._ingress = Ingress(settings.max_message_bytes, settings.ingress_bytes)
         guard, tls = _guard(settings), tls_files(settings)
         self._grpc = self._build_grpc(guard, tls)
         self._http = self._build_http(guard, tls)
 
     def start(self) -> Addresses:
         """Binds, opens the checkpoints and begins to load; raises ExpertdError."""
+        for found in drift(self._device.flashinfer):
+            log.warning("FlashInfer drift: %s", found.text)
         for name, hidden in self.settings.identity:
             self.loader.add_identity(name, int(hidden))
         host = self.settings.host
@@ -111,12 +120,13 @@ class App:
         limits = GrpcLimits(
             max_message_bytes=chosen.max_message_bytes,
             max_concurrent_calls=chosen.max_concurrent_calls,
-            max_stream_calls=chosen.max_stream_calls,
             max_header_bytes=chosen.max_header_bytes,
         )
         desk = Desk("grpc", self.engine, self.metrics)
         services = {
-            SERVICE: ExpertsService(desk, limits, self._capabilities).handlers(),
+            SERVICE: ExpertsService(
+                desk, self._ingress, chosen.max_stream_calls, self._capabilities
+            ).handlers(),
             ADMIN_SERVICE: AdminService(self.steward).handlers(),
         }
         return GrpcServer(services, limits, guard, tls)
@@ -124,10 +134,9 @@ class App:
     def _build_http(self, guard: Guard, tls: TlsFiles | None) -> HttpServer:
         chosen = self.settings
         desk = Desk("http", self.engine, self.metrics)
-        ingress = Ingress(chosen.max_message_bytes, chosen.ingress_bytes)
         limits = HttpLimits(chosen.max_header_bytes, chosen.header_seconds)
         hosts = frozenset((*LOOPBACK, chosen.host, *(chosen.allow_host or ())))
-        self.http_application = build_http(desk, ingress, self._capabilities)
+        self.http_application = build_http(desk, self._ingress, self._capabilities)
         return HttpServer(HttpDoor(self.http_application, guard, hosts), limits, tls)
 
     def _watch(self) -> None:
@@ -140,7 +149,7 @@ class App:
                 self._grpc.set_serving(serving)
 
     def _capabilities(self) -> pb.GetCapabilitiesReply:
-        return capabilities(self._device)
+        return capabilities(self._device, self._prover.known)
 
     def _count_cells(self) -> Iterable[tuple[str, int]]:
         return Counter(cell.state for cell in self._capabilities().cells).items()

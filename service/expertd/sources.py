@@ -25,12 +25,19 @@ def model_sources(settings: Settings) -> list[ModelSource]:
 
 
 def check_root(settings: Settings, name: str, path: Path) -> None:
-    """Raises InvalidArgument if the path, links resolved, leads out of --model-root."""
+    """Raises InvalidArgument if the path or a file in it, links resolved, leads out of the root."""
     if settings.model_root is None:
         return
     root = Path(settings.model_root).resolve()
-    if not path.resolve().is_relative_to(root):
-        raise InvalidArgument(f"model {name}: {path} does not lie under --model-root {root}")
+    for found in (path, *path.glob("*")):
+        if not found.resolve().is_relative_to(root):
+            raise InvalidArgument(f"model {name}: {found} does not lie under --model-root {root}")
+
+
+def check_source(settings: Settings, source: ModelSource) -> None:
+    """The same again before a load at run time: links may lead elsewhere by then."""
+    if source.name in {named.name for named in settings.model}:
+        check_root(settings, source.name, source.path)
 
 
 def demo_path() -> Path:

@@ -18,10 +18,15 @@ class Steward:
     """Keeps the configured models; a thread of its own loads what it is told to."""
 
     def __init__(
-        self, loader: Loader, residents: Residents, begin_drain: Callable[[], None]
+        self,
+        loader: Loader,
+        residents: Residents,
+        check: Callable[[ModelSource], None],
+        begin_drain: Callable[[], None],
     ) -> None:
         self._loader = loader
         self._residents = residents
+        self._check = check
         self._begin_drain = begin_drain
         self._sources: dict[str, ModelSource] = {}
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -38,6 +43,7 @@ class Steward:
         source = self._source(model)
         wanted = frozenset(layers) if layers else source.layers
         self._refuse_outside(source, wanted)
+        self._check(source)
         found = self._loader.announce(dataclasses.replace(source, layers=wanted))
         self._jobs.put((source, found))
         return found

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_LOGGED = 200
+"""Characters of a caller's own text that one log line may hold."""
 
 REJECTIONS = {
     "TOO_LARGE": "too_large",
@@ -63,7 +65,11 @@ class Desk:
     def fail(self, record: Record, error: ExpertdError) -> None:
         """Notes how a call failed, and whether that was a rejection."""
         record.code = error.wire.grpc
-        known = {"request_id": record.request_id, "carrier": self.carrier, "code": record.code}
+        known = {
+            "request_id": record.request_id[:MAX_LOGGED],
+            "carrier": self.carrier,
+            "code": record.code,
+        }
         log.info("a call failed: %s", error.reason, extra=known)
         draining = isinstance(error, Unavailable) and self.engine.draining
         if reason := REJECTIONS.get(error.reason, "draining" if draining else ""):

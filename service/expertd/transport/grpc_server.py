@@ -26,7 +26,6 @@ class GrpcLimits:
 
     max_message_bytes: int
     max_concurrent_calls: int
-    max_stream_calls: int
     max_header_bytes: int
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,18 +14,23 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from swagger_ui_bundle import swagger_ui_path
 
 from expertd import __version__
 from expertd.capability.explain import explain_request
-from expertd.errors import ExpertdError, InvalidArgument, NotFound
+from expertd.errors import DeadlineExceeded, ExpertdError, InvalidArgument, NotFound, TooLarge
 from expertd.transport import messages
 from expertd.transport.calls import Desk
-from expertd.transport.http_forward import Ingress, add_forward
+from expertd.transport.http_forward import add_forward, read_body
+from expertd.transport.ingress import Ingress
 from expertd.transport.interceptors import http_error, on_any_error, on_expertd_error
 
 Question = Callable[[], Message]
+
+MAX_QUESTION_BYTES = 1 << 20
+QUESTION_SECONDS = 10.0
 
 
 def build_http(desk: Desk, ingress: Ingress, capabilities: Question) -> FastAPI:
@@ -57,9 +64,9 @@ def _add_questions(app: FastAPI, desk: Desk, capabilities: Question) -> None:
         return to_json(capabilities())
 
     @app.post("/v1/explain")
-    def post_explain(body: dict[str, Any]) -> dict[str, Any]:
+    async def post_explain(request: Request) -> dict[str, Any]:
         """Which plans a layer would have, and why every other row has none; see expertd explain."""
-        return explain_request(body)
+        return await run_in_threadpool(explain_request, await _json_body(request))
 
 
 def _add_health(app: FastAPI, desk: Desk) -> None:
@@ -115,6 +122,22 @@ def _with_numbers(value: Any) -> Any:
         key: [int(size) for size in item] if key == "shape" else _with_numbers(item)
         for key, item in value.items()
     }
+
+
+async def _json_body(request: Request) -> Any:
+    """A small JSON body; raises TooLarge, DeadlineExceeded, InvalidArgument."""
+
+    def check(size: int) -> None:
+        if size > MAX_QUESTION_BYTES:
+            raise TooLarge(f"more than {MAX_QUESTION_BYTES} bytes of JSON are not accepted")
+
+    try:
+        async with asyncio.timeout(QUESTION_SECONDS):
+            return json.loads(await read_body(request, check))
+    except TimeoutError:
+        raise DeadlineExceeded(f"no whole body within {QUESTION_SECONDS:g} s") from None
+    except (ValueError, RecursionError):
+        raise InvalidArgument("body: this is no JSON") from None
 
 
 async def _on_bad_value(request: Request, error: Exception) -> JSONResponse:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import FastAPI, Header, Query, Request
@@ -18,10 +17,9 @@ from expertd.errors import (
     DeadlineExceeded,
     ExpertdError,
     InvalidArgument,
-    Overloaded,
-    TooLarge,
 )
 from expertd.transport.calls import Desk, note_plan
+from expertd.transport.ingress import Ingress
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.safetensors import decode_body, encode_body
 from expertd_wire.tensors import WireTensor
@@ -33,53 +31,37 @@ FACTS = ("backend", "mode", "entry", "queued_ns", "staged_ns", "computed_ns", "r
 """What the reply's metadata tells of the plan that ran."""
 
 
-@dataclass(slots=True)
-class Ingress:
-    """How many bytes one body and all bodies together may have; lives on the loop's thread."""
+@asynccontextmanager
+async def held_body(ingress: Ingress, request: Request, deadline: float) -> AsyncIterator[bytes]:
+    """The whole body; raises TooLarge or Overloaded before anything of it is read."""
+    size = _declared(ingress, request)
+    ingress.take(size)
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            body = await read_body(request, ingress.check)
+        yield body
+    except TimeoutError:
+        raise DeadlineExceeded("the timeout passed before the body had arrived") from None
+    finally:
+        ingress.give(size)
 
-    max_message_bytes: int
-    max_bytes: int
-    taken: int = 0
 
-    @asynccontextmanager
-    async def body(self, request: Request, deadline: float) -> AsyncIterator[bytes]:
-        """The whole body; raises TooLarge or Overloaded before anything of it is read."""
-        size = self._declared(request)
-        if self.taken + size > self.max_bytes:
-            raise Overloaded(
-                f"bodies of {self.taken} bytes are being read or answered (--ingress-bytes "
-                f"{self.max_bytes}); retry later or elsewhere"
-            )
-        self.taken += size
-        try:
-            async with asyncio.timeout(deadline - time.monotonic()):
-                body = await self._read(request)
-            yield body
-        except TimeoutError:
-            raise DeadlineExceeded("the timeout passed before the body had arrived") from None
-        finally:
-            self.taken -= size
+def _declared(ingress: Ingress, request: Request) -> int:
+    """What the caller says it will send; an unknown length counts as the longest."""
+    text = request.headers.get("content-length", str(ingress.max_message_bytes))
+    ingress.check(text)
+    return int(text)
 
-    def _declared(self, request: Request) -> int:
-        """What the caller says it will send; an unknown length counts as the longest."""
-        text = request.headers.get("content-length", str(self.max_message_bytes))
-        if not text.isdecimal() or int(text[:20]) > self.max_message_bytes:
-            raise self._too_large(text[:20])
-        return int(text)
 
-    async def _read(self, request: Request) -> bytes:
-        parts: list[bytes] = []
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > self.max_message_bytes:
-                raise self._too_large(str(size))
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _too_large(self, size: str) -> TooLarge:
-        most = self.max_message_bytes
-        return TooLarge(f"{size} bytes given, at most {most} accepted (--max-message-bytes)")
+async def read_body(request: Request, check: Callable[[int], None]) -> bytes:
+    """A body whose length so far is checked as it grows."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        check(size)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def add_forward(app: FastAPI, desk: Desk, ingress: Ingress) -> None:
@@ -101,7 +83,8 @@ def add_forward(app: FastAPI, desk: Desk, ingress: Ingress) -> None:
         """Body and reply are safetensors; the plan and the times are in the reply's metadata."""
         deadline = time.monotonic() + timeout
         with desk.recorded() as record:
-            async with ingress.body(request, deadline) as body:
+            record.model, record.request_id = model, x_request_id
+            async with held_body(ingress, request, deadline) as body:
                 call = ForwardCall(
                     model=model,
                     layer=layer,

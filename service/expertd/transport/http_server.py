@@ -31,7 +31,7 @@ class HttpServer:
         self._tls = tls
         self._config = uvicorn.Config(
             application,
-            http=_protocol(limits),
+            http=type("LimitedProtocol", (Protocol,), {"limits": limits}),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -83,33 +83,69 @@ class HttpServer:
                 self._config.ssl.load_cert_chain(tls.certificate, tls.key)
 
 
-def _protocol(limits: HttpLimits) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol with an end to slow and to endless headers."""
+class Protocol(HttpToolsProtocol):
+    """uvicorn's protocol with an end to slow and to endless heads of requests."""
 
-    class Protocol(HttpToolsProtocol):
-        _timer: asyncio.TimerHandle | None = None
-        _header_bytes = 0
-        _refusal = ""
+    limits: HttpLimits
+    _timer: asyncio.TimerHandle | None = None
+    _in_head = False
+    _head_bytes = 0  # parsed: path, names and values
+    _raw_bytes = 0  # arrived since the head began: the parser keeps what it has not finished
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._timer = self.loop.call_later(limits.header_seconds, transport.close)
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_head()
 
-        def on_header(self, name: bytes, value: bytes) -> None:
-            super().on_header(name, value)
-            self._header_bytes += len(name) + len(value)
-            if self._header_bytes > limits.max_header_bytes:
-                most = limits.max_header_bytes
-                self._refusal = f"headers: at most {most} bytes accepted (--max-header-bytes)"
-                raise ValueError(self._refusal)
+    def data_received(self, data: bytes) -> None:
+        self._raw_bytes += len(data)
+        super().data_received(data)
+        endless = self._in_head and self._raw_bytes > self.limits.max_header_bytes
+        if endless and not self.transport.is_closing():
+            self.send_400_response(self._refusal)
 
-        def send_400_response(self, msg: str) -> None:
-            super().send_400_response(self._refusal or msg)
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_bytes, self._raw_bytes = True, 0, 0
+        self._await_head()
 
-        def on_headers_complete(self) -> None:
-            self._header_bytes = 0
-            if self._timer is not None:
-                self._timer.cancel()
-            super().on_headers_complete()
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
 
-    return Protocol
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count(len(name) + len(value))
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        many = self._head_bytes > self.limits.max_header_bytes
+        super().send_400_response(self._refusal if many else msg)
+
+    def _await_head(self) -> None:
+        """Every request's head has its time, not only the connection's first."""
+        if self._timer is None:
+            seconds = self.limits.header_seconds
+            self._timer = self.loop.call_later(seconds, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > self.limits.max_header_bytes:
+            raise ValueError(self._refusal)
+
+    @property
+    def _refusal(self) -> str:
+        most = self.limits.max_header_bytes
+        return f"headers: at most {most} bytes accepted (--max-header-bytes)"

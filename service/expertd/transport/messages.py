@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from expertd.capability import report
 from expertd.capability.device import DeviceInfo
-from expertd.capability.plan import Plan
+from expertd.capability.plan import Plan, States
 from expertd.core import Activation, RoutingSpec
 from expertd.engine.choice import likely_plans
 from expertd.engine.resident import Resident, Residents
@@ -78,9 +78,9 @@ def _routing_info(routing: RoutingSpec, resident: Resident) -> pb.RoutingInfo:
     return info
 
 
-def capabilities(device: DeviceInfo) -> pb.GetCapabilitiesReply:
+def capabilities(device: DeviceInfo, states: States) -> pb.GetCapabilitiesReply:
     """Every cell of the table on this device, with its state and why."""
-    found = report.capabilities(device)
+    found = report.capabilities(device, states)
     return pb.GetCapabilitiesReply(
         device=found["device"],
         flashinfer=found["flashinfer"] or "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError
@@ -11,26 +12,32 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from expertd.engine.ticket import Ticket
-from expertd.errors import DeadlineExceeded, ExpertdError, InvalidArgument, TooLarge
+from expertd.errors import DeadlineExceeded, ExpertdError, Internal, InvalidArgument
 from expertd.transport import messages
 from expertd.transport.calls import Desk, note_plan
-from expertd.transport.grpc_server import GrpcLimits
-from expertd.transport.interceptors import guarded
+from expertd.transport.ingress import Ingress
+from expertd.transport.interceptors import INTERNAL, guarded
 from expertd.transport.streams import Entry, Stream
 from expertd_wire.codec import decode_forward_call, encode_forward_reply
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.status import pack_status
 from expertd_wire.v1 import experts_pb2 as pb
 
+log = logging.getLogger(__name__)
+
 M = TypeVar("M", bound=Message)
+Question = Callable[[], Message]
 
 
 class ExpertsService:
     """The methods of expertd_wire.v1.Experts, all on raw bytes."""
 
-    def __init__(self, desk: Desk, limits: GrpcLimits, capabilities: Callable[[], Message]) -> None:
+    def __init__(
+        self, desk: Desk, ingress: Ingress, max_stream_calls: int, capabilities: Question
+    ) -> None:
         self._desk = desk
-        self._limits = limits
+        self._ingress = ingress
+        self._max_stream_calls = max_stream_calls
         self._capabilities = capabilities
 
     def forward(self, request: bytes, context: grpc.ServicerContext) -> bytes:
@@ -46,15 +53,27 @@ class ExpertsService:
         deadline = _deadline(context)
 
         def submit(request: bytes) -> Entry:
-            record = self._desk.begin()
-            try:
-                return Entry(record, self._desk.submit(record, self._decode(request), deadline))
-            except ExpertdError as error:
-                return Entry(record, None, error)
+            return self._enter(request, deadline)
 
         cancel = self._desk.engine.cancel
-        stream = Stream(submit, cancel, self._render, self._limits.max_stream_calls)
+        stream = Stream(submit, cancel, self._render, self._max_stream_calls)
         return stream.run(requests, context)
+
+    def _enter(self, request: bytes, deadline: float | None) -> Entry:
+        """Submits one message of a stream; whatever goes wrong is that message's own error."""
+        record, nbytes = self._desk.begin(), 0
+        try:
+            self._ingress.take(len(request))
+            nbytes = len(request)
+            ticket = self._desk.submit(record, self._decode(request), deadline)
+            return Entry(record, nbytes, ticket)
+        except ExpertdError as error:
+            fault = error
+        except Exception:
+            log.exception("a message of a stream failed")
+            fault = Internal(INTERNAL)
+        # The traceback would keep the message's bytes for as long as the caller does not read.
+        return Entry(record, nbytes, None, fault.with_traceback(None))
 
     def _render(self, entry: Entry) -> bytes:
         """The reply to one message of a stream: its output, or its error as a status."""
@@ -67,14 +86,11 @@ class ExpertsService:
             reply = ForwardReply(request_id=record.request_id, status=status)
         data = self._desk.timed("encode", lambda: encode_forward_reply(reply))
         self._desk.end(record)
+        self._ingress.give(entry.nbytes)
         return data
 
     def _decode(self, request: bytes) -> ForwardCall:
-        most = self._limits.max_message_bytes
-        if len(request) > most:
-            raise TooLarge(
-                f"{len(request)} bytes given, at most {most} accepted (--max-message-bytes)"
-            )
+        self._ingress.check(len(request))
         return self._desk.timed("decode", lambda: decode_forward_call(request))
 
     def _wait(self, ticket: Ticket, context: grpc.ServicerContext) -> ForwardReply:

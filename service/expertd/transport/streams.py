@@ -20,6 +20,7 @@ class Entry(NamedTuple):
     """One message of a stream: its record, and its ticket or the error that kept it from one."""
 
     record: Record
+    nbytes: int
     ticket: Ticket | None
     error: ExpertdError | None = None
 
@@ -47,15 +48,26 @@ class Stream:
         context.add_callback(self._leave)
         args = (requests,)
         threading.Thread(target=self._read, args=args, name="stream", daemon=True).start()
+        answered = self._answered()
+        try:
+            for entry in answered:
+                yield self._render(entry)
+                self._slots.release()
+        finally:
+            self._leave()
+            for entry in answered:  # nobody reads these any more, but they are counted
+                self._render(entry)
+
+    def _answered(self) -> Iterator[Entry]:
+        """Every message's entry once it has its answer, in the order of the answers."""
         sent, expected = 0, None
         while expected is None or sent < expected:
             answer = self._answers.get()
             if isinstance(answer, int):
                 expected = answer
-                continue
-            sent += 1
-            yield self._render(answer)
-            self._slots.release()
+            else:
+                sent += 1
+                yield answer
 
     def _read(self, requests: Iterator[bytes]) -> None:
         """Submits what arrives; at the end tells the writer how many answers there will be."""
@@ -84,6 +96,8 @@ class Stream:
             return
         self._open.add(entry.ticket)
         entry.ticket.future.add_done_callback(lambda _: self._done(entry))
+        if self._gone.is_set():  # it left while its message was being read
+            self._cancel(entry.ticket)
 
     def _done(self, entry: Entry) -> None:
         """Runs on the executor's thread: rendering is left to the writer's."""
