@@ -12,6 +12,7 @@ from rich.table import Table
 
 from expertd.capability.device import ARCHS, device_named
 from expertd.capability.report import capabilities
+from expertd.proof.store import proven_states
 
 COLOURS = {"proven": "green", "present": "green", "declared": "yellow", "failed": "red"}
 
@@ -28,7 +29,8 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = capabilities(device_named(args.device, args.flashinfer))
+    device = device_named(args.device, args.flashinfer)
+    found = capabilities(device, proven_states(device))
     if args.json:
         print(json.dumps(found, indent=1))
     else:

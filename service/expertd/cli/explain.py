@@ -17,6 +17,7 @@ from expertd.capability.spec import call_form, parse_spec
 from expertd.cli.capabilities import COLOURS, add_device_arguments
 from expertd.core import LayerSpec
 from expertd.errors import InvalidArgument
+from expertd.proof.store import proven_states
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.layers import layer_specs, ranges
 
@@ -57,7 +58,8 @@ def _of_spec(text: str, device: DeviceInfo, backend: str) -> Answer:
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"--spec is not JSON: {error}") from None
     described = parse_spec(given)
-    return explain(described.spec, described.form(backend), device)
+    states = proven_states(device)
+    return explain(described.spec, described.form(backend), device, states=states)
 
 
 def _of_model(path: Path, layer: int | None, device: DeviceInfo, backend: str) -> list[Answer]:
@@ -66,10 +68,12 @@ def _of_model(path: Path, layer: int | None, device: DeviceInfo, backend: str) -
     alike: dict[LayerSpec, list[int]] = {}
     for number, spec in layer_specs(Checkpoint.open(path), wanted).items():
         alike.setdefault(spec, []).append(number)
-    return [
-        {"layers": ranges(numbers), **explain(spec, call_form(spec, backend=backend), device)}
+    states = proven_states(device)
+    answers = {
+        ranges(numbers): explain(spec, call_form(spec, backend=backend), device, states=states)
         for spec, numbers in alike.items()
-    ]
+    }
+    return [{"layers": numbers, **answer} for numbers, answer in answers.items()]
 
 
 def show(answer: Answer, device: DeviceInfo, console: Console) -> None:

@@ -37,6 +37,11 @@ class Prover:
             self._prove(cell, backend)
         return {cell: self._states[cell] for cell in backends if cell in self._states}
 
+    @property
+    def known(self) -> dict[Cell, State]:
+        """Everything that is proven or failed here so far."""
+        return dict(self._states)
+
     def _prove(self, cell: Cell, backend: Backend) -> None:
         proof = prove(backend.row, cell.quant, self._device)
         if proof.trials:

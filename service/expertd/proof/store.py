@@ -1,4 +1,4 @@
-"""Proofs on disk, so that a cell is proven once on a machine and not at every start."""
+"""Proofs on disk, so that a cell is proven once on a machine and not at every start; no torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from expertd import __version__
 from expertd.capability.device import DeviceInfo
 from expertd.capability.row import Cell, State
+from expertd.config import cache_directory
 from expertd.core import PlanMode, QuantScheme
-from expertd.proof.run import Proof
+
+if TYPE_CHECKING:
+    from expertd.proof.run import Proof
+
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def fingerprint(device: DeviceInfo) -> str:
@@ -25,12 +29,25 @@ def fingerprint(device: DeviceInfo) -> str:
         "device": device.name,
         "arch": device.arch,
         "simulated": device.simulated,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        "driver": DRIVER.read_text() if DRIVER.exists() else "",
+        "torch": _version("torch"),
+        "triton": _version("triton"),
         "flashinfer": device.flashinfer,
         "expertd": __version__,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def proven_states(device: DeviceInfo) -> dict[Cell, State]:
+    """What this user's earlier runs proved on a device that is here; nothing for another."""
+    return {} if device.simulated else ProofStore(cache_directory(), device).states()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 class ProofStore:
