@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal
 
 from expertd.core import Activation, ActivationKind
@@ -45,11 +46,11 @@ class Layout:
         return f"{base}_{rest}" if rest else base
 
     def finds(self) -> re.Pattern[str]:
-        """Matches any part of a down matrix; groups are the root and the layer's number."""
+        """Matches any part of a down matrix: (what stands before, the layer's number)."""
         roots = "|".join(re.escape(root) for root in ROOTS)
         down = re.escape(self.down).replace(r"\{e\}", r"\d+")
         end = r"\." if self.suffix == "module" else r"(?:_\w+)?$"
-        return re.compile(rf"({roots})layers\.(\d+)\.{down}{end}")
+        return re.compile(rf"((?:{roots})(?:layers|blocks)\.)(\d+)\.{down}{end}")
 
 
 ACTIVATIONS = {
@@ -90,13 +91,13 @@ class ActivationRule:
 
 
 def _number(key: Key, config: Config, layer: int) -> float | None:
-    """A parameter of a layer: lists have one for each, 0 and null mean none."""
+    """A parameter of a layer: lists have one for each; 0, null and infinity mean none."""
     value = key.read(config)
     if isinstance(value, list):
         value = value[layer] if layer < len(value) else None
     if value is not None and type(value) not in (int, float):
         raise FailedPrecondition(f"config.json: {key.names[0]} is {value!r}, not a number")
-    return float(value) if value else None
+    return float(value) if value and isfinite(value) else None
 
 
 EXPERTS = Key("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")

@@ -174,8 +174,8 @@ def _prefixes(checkpoint: Checkpoint, family: Family) -> dict[int, str]:
         found = next((m for p in patterns if (m := p.match(name))), None)
         if found is None:
             continue
-        root, layer = found.groups()
-        prefix = f"{root}layers.{layer}."
+        before, layer = found.groups()
+        prefix = f"{before}{layer}."
         if prefixes.setdefault(int(layer), prefix) != prefix:
             raise FailedPrecondition(
                 f"{checkpoint.root}: layer {layer} is there twice, "

@@ -47,12 +47,17 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     with opened(shard) as fd:
         data = pread(fd, shard, 0, shard.size)
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_hook=_number)
     except (ValueError, RecursionError) as error:
         raise FailedPrecondition(f"{shard.path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise FailedPrecondition(f"{shard.path}: holds no JSON object")
     return value
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """transformers writes infinity, which JSON has not, as an object of its own."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def weight_files(root: Path) -> dict[str, list[str] | None]:

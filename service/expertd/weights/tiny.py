@@ -40,10 +40,12 @@ class Sizes:
             "index_n_heads": 2,
             "intermediate_size": 48,
             "max_position_embeddings": 128,
+            **dict.fromkeys(("n_group", "num_expert_group"), 4),
             "num_attention_heads": 4,
             "num_hidden_layers": 3,
             "num_key_value_heads": 2,
             "pad_token_id": 0,
+            "topk_group": 2,
             "v_head_dim": 16,
             "vocab_size": 128,
         }

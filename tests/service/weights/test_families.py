@@ -43,6 +43,7 @@ def test_a_saved_model_is_read_as_it_was(model: Tiny, form: str, tmp_path: Path)
         weights, bias = load_layer(checkpoint, layer, spec, "cpu")
         if spec.routing is not None:
             assert_same_bias(bias, layer, built)
+        if spec.routing is not None and model.model_type not in DENSE:
             assert_same_routing(spec, bias, modules[layer], built)
         assert_same_weights(weights, modules[layer])
         if model.model_type not in DENSE:
@@ -87,6 +88,8 @@ def assert_same_routing(
     ids, weights = route_for(spec.routing, logits.float(), bias)
     _, their_ids, theirs = seen["experts"]
     scale = spec.routing.routed_scaling_factor if spec.routing.scale_site == "output" else 1.0
+    if "PrivacyFilter" in type(block).__name__:  # it divides by K here and multiplies behind
+        scale = TOP_K
     torch.testing.assert_close(dense(ids, weights), dense(their_ids, theirs) * scale)
 
 
