@@ -10,6 +10,7 @@ from typing import Annotated
 
 from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from expertd.engine.ticket import Ticket
 from expertd.errors import (
@@ -54,13 +55,16 @@ def _declared(ingress: Ingress, request: Request) -> int:
 
 
 async def read_body(request: Request, check: Callable[[int], None]) -> bytes:
-    """A body whose length so far is checked as it grows."""
+    """A body whose length so far is checked as it grows; raises Cancelled if the caller leaves."""
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        check(size)
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            check(size)
+            parts.append(part)
+    except ClientDisconnect:
+        raise Cancelled("the caller left before the body had arrived") from None
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
