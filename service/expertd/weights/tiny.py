@@ -26,7 +26,7 @@ class Sizes:
     def settings(self) -> dict[str, Any]:
         """Every name under which a config class may want them, and small values for the rest."""
         experts = ("moe_num_experts", "n_routed_experts", "num_experts", "num_local_experts")
-        chosen = ("moe_topk", "num_experts_per_tok", "top_k_experts")
+        chosen = ("moe_topk", "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
         widths = ("shared_expert_intermediate_size", "shared_intermediate_size")
         return {
             **dict.fromkeys(experts, self.experts),

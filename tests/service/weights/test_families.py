@@ -30,7 +30,7 @@ FORMS = {"released": {}, "module": {"save_original_format": False}}
 DENSE = ("llama4",)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["released", pytest.param("module", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", TINY, ids=str)
 def test_a_saved_model_is_read_as_it_was(model: Tiny, form: str, tmp_path: Path) -> None:
     built = model.build(SIZES, seed=1)

@@ -70,6 +70,7 @@ def vl_as_saved(held: Matrices) -> Matrices:
     return {f"{prefix}.gate_up_proj": both, f"{prefix}.down_proj": held["down"]}
 
 
+M3 = "language_model.model.layers.3.block_sparse_moe"
 PROJ = ("gate_proj", "up_proj", "down_proj")
 DEEPSEEK = {"n_group": 1, "topk_group": 1, "n_routed_experts": EXPERTS}
 CASES: dict[str, tuple[dict[str, Any], Callable[[Matrices], Matrices]]] = {
@@ -85,10 +86,8 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Matrices], Matrices]]] = {
             "model_type": "minimax_m3_vl_text", "num_local_experts": EXPERTS,
             "intermediate_size": WIDTH,
         }},
-        lambda held: each("language_model.model.layers.3.block_sparse_moe.experts", "w1", "w3", "w2")(
-            held
-        )
-        | bias("language_model.model.layers.3.block_sparse_moe.e_score_correction_bias"),
+        lambda held: each(f"{M3}.experts", "w1", "w3", "w2")(held)
+        | bias(f"{M3}.e_score_correction_bias"),
     ),
     "kimi_k25": (
         {"model_type": "kimi_k25", "text_config": TEXT | DEEPSEEK | {
