@@ -29,6 +29,7 @@ class CallStream:
         self._ids = itertools.count(1)
         self._waiting: dict[str, asyncio.Future[bytes]] = {}
         self._sending = asyncio.Lock()
+        self._ended: ExpertdError | None = None
         self._reader: asyncio.Task[None] | None = None
 
     async def call(
@@ -41,7 +42,10 @@ class CallStream:
         **options: Unpack[CallOptions],
     ) -> Reply[ArrayT]:
         """One call, as AsyncClient.call; calls of one stream may be awaited in any order."""
-        request_id = options.setdefault("request_id", f"stream-{next(self._ids)}") or ""
+        request_id = options.get("request_id") or f"stream-{next(self._ids)}"
+        options["request_id"] = request_id
+        if self._ended is not None:
+            raise self._ended
         if request_id in self._waiting:
             raise InvalidArgument(f"request_id {request_id!r} is already under way on this stream")
         request = encode_call(model, layer, hidden_states, **options)
@@ -83,24 +87,22 @@ class CallStream:
         if self._reader is not None:
             self._reader.cancel()
         await self._stream.close()
-        self._fail(Unavailable("the stream was closed"))
+        self._end(Unavailable("the stream was closed"))
 
     async def _read(self) -> None:
         try:
             while (data := await self._stream.receive()) is not None:
                 self._deliver(data)
-            self._fail(Unavailable("the server ended the stream"))
+            self._end(Unavailable("the server ended the stream"))
+        except WireError as problem:
+            self._end(ExpertdError(f"the server's reply cannot be read: {problem}"))
         except ExpertdError as error:
-            self._fail(error)
+            self._end(error)
 
     def _deliver(self, data: bytes) -> None:
-        """Hands a reply, or the error it carries, to the call that waits for it."""
-        try:
-            reply = decode_forward_reply(data)
-            error = error_for(*unpack_status(reply.status)) if reply.status else None
-        except WireError as problem:
-            self._fail(ExpertdError(f"the server's reply cannot be read: {problem}"))
-            return
+        """Hands a reply, or the error it carries, to the call that waits; raises WireError."""
+        reply = decode_forward_reply(data)
+        error = error_for(*unpack_status(reply.status)) if reply.status else None
         waiting = self._waiting.get(reply.request_id)
         if waiting is None or waiting.done():
             return
@@ -109,7 +111,9 @@ class CallStream:
         else:
             waiting.set_exception(error)
 
-    def _fail(self, error: ExpertdError) -> None:
+    def _end(self, error: ExpertdError) -> None:
+        """Tells those who wait, and those who come later, why there will be no more replies."""
+        self._ended = self._ended or error
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(error)
