@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
+from itertools import accumulate
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     Info,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 
 from expertd.engine.observer import BatchReport
@@ -39,27 +41,29 @@ class Metrics:
         self._residents = residents
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
-        histogram = partial(Histogram, registry=self.registry)
-        seconds = partial(histogram, buckets=SECONDS)
         self._requests = counter(
             "expertd_requests",
             "Calls answered, by gRPC status name.",
             ("model", "carrier", "backend", "mode", "code"),
         )
-        self._duration = seconds(
+        self._duration = self._distribution(
             "expertd_request_duration_seconds",
             "From a call's arrival to its encoded reply.",
+            SECONDS,
             ("model", "carrier"),
         )
-        self._queue = seconds("expertd_queue_duration_seconds", "Time in the queue.")
-        self._stage = seconds(
+        self._queue = self._distribution(
+            "expertd_queue_duration_seconds", "Time in the queue.", SECONDS
+        )
+        self._stage = self._distribution(
             "expertd_stage_duration_seconds",
             "Time of one stage: decode and encode by call, the others by batch.",
+            SECONDS,
             ("stage",),
         )
-        self._batch_tokens = histogram("expertd_batch_tokens", "Rows of a batch.", buckets=TOKENS)
-        self._batch_requests = histogram(
-            "expertd_batch_requests", "Calls of a batch.", buckets=REQUESTS
+        self._batch_tokens = self._distribution("expertd_batch_tokens", "Rows of a batch.", TOKENS)
+        self._batch_requests = self._distribution(
+            "expertd_batch_requests", "Calls of a batch.", REQUESTS
         )
         self._tokens = counter("expertd_tokens", "Rows computed.", ("model",))
         self._inflight = gauge("expertd_inflight_requests", "Calls being answered.")
@@ -71,6 +75,13 @@ class Metrics:
         Info("expertd_build", "Versions of this process.", registry=self.registry).info(info)
         self.registry.register(_LayerCollector(residents))
         self._child = cache(lambda family, *labels: family.labels(*labels))
+
+    def _distribution(
+        self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str] = ()
+    ) -> Distribution:
+        made = Distribution(name, text, bounds, labels)
+        self.registry.register(made)
+        return made
 
     def rejected(self, reason: str) -> None:
         self._child(self._rejected, reason).inc()
@@ -88,7 +99,7 @@ class Metrics:
             self._child(self._nonfinite, report.model).inc(report.nonfinite_rows)
 
     def stage(self, stage: str, nanoseconds: int) -> None:
-        self._child(self._stage, stage).observe(nanoseconds / 1e9)
+        self._stage.observe(nanoseconds / 1e9, stage)
 
     def started(self) -> None:
         self._inflight.inc()
@@ -100,7 +111,7 @@ class Metrics:
         self._inflight.dec()
         known = model if self._residents.knows(model) else "unknown"
         self._child(self._requests, known, carrier, *plan, code).inc()
-        self._child(self._duration, known, carrier).observe(nanoseconds / 1e9)
+        self._duration.observe(nanoseconds / 1e9, known, carrier)
 
     def drain(self) -> None:
         self._draining.set(1)
@@ -112,6 +123,48 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition; not for an event loop's thread."""
         return generate_latest(self.registry)
+
+
+class Distribution:
+    """A histogram family whose values cost one lock and one bisection, from any thread.
+
+    prometheus_client's take a lock for each of three counters, which the hot path would feel.
+    """
+
+    def __init__(
+        self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str] = ()
+    ) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = tuple(bounds)
+        self._les = [*map(str, self._bounds), "+Inf"]
+        self._labels = tuple(labels)
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, ...], list[int]] = {}
+        self._sums: dict[tuple[str, ...], float] = {}
+        if not labels:
+            self._begin(())
+
+    def observe(self, value: float, *labels: str) -> None:
+        """Counts value in the bucket of the least bound that is not below it."""
+        with self._lock:
+            counts = self._counts.get(labels) or self._begin(labels)
+            counts[bisect_left(self._bounds, value)] += 1
+            self._sums[labels] += value
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        with self._lock:
+            found = [(labels, [*c], self._sums[labels]) for labels, c in self._counts.items()]
+        for labels, counts, total in found:
+            buckets = list(zip(self._les, accumulate(counts), strict=True))
+            family.add_metric(labels, buckets, total)
+        yield family
+
+    def _begin(self, labels: tuple[str, ...]) -> list[int]:
+        """A series appears with its first value; one without labels is there from the start."""
+        self._sums[labels] = 0.0
+        return self._counts.setdefault(labels, [0] * len(self._les))
 
 
 class _LayerCollector:

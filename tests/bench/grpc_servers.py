@@ -58,15 +58,16 @@ def start(kind: str) -> tuple[subprocess.Popen[str], int]:
     return process, int(process.stdout.readline())
 
 
-def drive(port: int, size: int, callers: int, seconds: float) -> list[float]:
+def drive(
+    port: int, payload: bytes, callers: int, seconds: float, method: str = METHOD
+) -> list[float]:
     """Latencies of callers calling in a closed loop for a while."""
     latencies: list[float] = []
-    payload = bytes(size)
     end = time.monotonic() + seconds
 
     def caller() -> None:
         with grpc.insecure_channel(f"127.0.0.1:{port}", options=LIMITS) as channel:
-            call = channel.unary_unary(METHOD)
+            call = channel.unary_unary(method)
             call(payload)
             while time.monotonic() < end:
                 begin = time.perf_counter()
@@ -88,7 +89,7 @@ def cpu_seconds(pid: int) -> float:
 
 def measure(pid: int, port: int, size: int, callers: int, seconds: float) -> tuple[float, ...]:
     before = cpu_seconds(pid)
-    latencies = sorted(drive(port, size, callers, seconds))
+    latencies = sorted(drive(port, bytes(size), callers, seconds))
     spent = cpu_seconds(pid) - before
     count = len(latencies)
     p50, p99 = latencies[count // 2] * 1e3, latencies[int(count * 0.99)] * 1e3
@@ -112,8 +113,12 @@ def main() -> None:
                 for kind, (process, port) in servers.items():
                     rows[kind].append(measure(process.pid, port, size, callers, args.seconds))
             for kind, found in rows.items():
-                rate, p50, p99, cpu = (statistics.median(column) for column in zip(*found, strict=True))
-                print(f"{kind:5} {size:8} {callers:7} {rate:7.0f} {p50:7.2f} {p99:7.2f} {cpu:12.0f}")
+                rate, p50, p99, cpu = (
+                    statistics.median(column) for column in zip(*found, strict=True)
+                )
+                print(
+                    f"{kind:5} {size:8} {callers:7} {rate:7.0f} {p50:7.2f} {p99:7.2f} {cpu:12.0f}"
+                )
     for process, _ in servers.values():
         process.terminate()
 

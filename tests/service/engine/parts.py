@@ -12,12 +12,14 @@ from tests.strategies import random_weights
 
 from expertd.backends.base import Backend, Batch
 from expertd.backends.grouped.backend import Grouped
+from expertd.backends.identity.backend import Identity
 from expertd.backends.reference.backend import Reference
 from expertd.capability.device import detect
-from expertd.capability.rows import grouped, reference
+from expertd.capability.rows import grouped, identity, reference
 from expertd.core import LayerSpec
 from expertd.engine.batcher import Budget
 from expertd.engine.engine import Engine, EngineOptions
+from expertd.engine.loader import identity_spec
 from expertd.engine.observer import BatchReport
 from expertd.engine.resident import LayerState, Resident, Residents
 
@@ -90,6 +92,15 @@ def running(
         yield engine
     finally:
         engine.drain(10)
+
+
+def echo(hidden: int) -> Resident:
+    """A ready identity layer echo/0."""
+    found = Resident("echo", 0, identity_spec(hidden), detect("cpu"))
+    row = identity.ROWS[0]
+    found.backends[row.cell(found.spec.quant)] = warm(Identity(row, found.spec, CPU))
+    found.state = LayerState.READY
+    return found
 
 
 class Gate:

@@ -22,6 +22,7 @@ from expertd.engine.checks import (
     check_topk,
     fault_error,
 )
+from expertd.engine.launch import nonfinite_rows
 from expertd.errors import ExpertsNotHeld, InvalidArgument
 
 SPEC = layer_spec()
@@ -48,6 +49,7 @@ def by_the_contract(
 
 
 IDS = st.sampled_from([-(2**31), -2, -1, -1, 0, 1, 2, 3, 4, 5, 6, 2**31 - 1])
+VALUES = st.sampled_from([0.0, 1.0, -2.0, 6e4, -6e4, NAN, INF, -INF])
 WEIGHTS = st.sampled_from([0.0, -1.5, 0.25, 1e38, NAN, INF, -INF])
 
 
@@ -116,3 +118,19 @@ def test_logits(dtype: torch.dtype) -> None:
 def test_words(code: int, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         raise fault_error(code, 7, PART)
+
+
+@given(
+    st.lists(
+        st.lists(VALUES, min_size=3, max_size=3),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_rows_that_are_not_finite_are_counted_exactly(
+    rows: list[list[float]], dtype: torch.dtype
+) -> None:
+    """6e4 + 6e4 overflows float16: a sum that is infinite without any number that is."""
+    by_hand = sum(any(not math.isfinite(value) for value in row) for row in rows)
+    assert nonfinite_rows(torch.tensor(rows).to(dtype)) == by_hand

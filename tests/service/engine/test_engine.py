@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.service.engine.parts import CPU, Gate, Reports, Scripted, resident, running, warm
+from tests.service.engine.parts import CPU, Gate, Reports, Scripted, echo, resident, running, warm
 from tests.strategies import (
     generator,
     layer_spec,
@@ -18,11 +18,9 @@ from tests.strategies import (
 )
 
 from expertd.backends.base import Batch
-from expertd.capability.device import detect
 from expertd.capability.rows import identity
 from expertd.engine.engine import Engine
-from expertd.engine.loader import Loader
-from expertd.engine.resident import LayerState, Residents
+from expertd.engine.resident import LayerState
 from expertd.errors import (
     DeadlineExceeded,
     ExpertdError,
@@ -136,9 +134,8 @@ def test_the_reply_names_the_plan_and_the_request() -> None:
 
 def test_the_servers_pin_is_for_calls_without_one_and_not_for_identity() -> None:
     random = generator(11)
-    residents = Residents()
-    Loader(residents, detect("cpu"), CPU).add_identity("echo", 8)
-    with running(resident(SPEC, random), residents.get("echo", 0), pin="reference") as engine:
+    layer = echo(8)
+    with running(resident(SPEC, random), layer, pin="reference") as engine:
         assert send(engine, **logits_call(random)).backend == "reference"
         assert send(engine, **logits_call(random), backend="grouped").backend == "grouped"
         rows = torch.randn(2, 8, generator=random)
@@ -322,27 +319,26 @@ def test_a_backends_own_refusal_reaches_the_caller() -> None:
 
 def test_identity_copies_rows_of_every_kind() -> None:
     random = generator(25)
-    residents = Residents()
-    Loader(residents, detect("cpu"), CPU).add_identity("echo", 256)
+    layer = echo(256)
     rows = torch.randn(3, 256, generator=random)
     fp8 = rows.to(torch.float8_e4m3fn)
     scale = torch.rand(3, 2, generator=random) + 0.5
     e8m0 = torch.randint(120, 135, (3, 8), generator=random, dtype=torch.uint8)
     wide = {"hidden_states_format": "fp8_group128", "hidden_states_scale": scale}
     mx = {"hidden_states_format": "mxfp8", "hidden_states_scale": e8m0}
-    with running(residents.get("echo", 0)) as engine:
+    with running(layer) as engine:
 
-        def echo(rows: torch.Tensor, **fields: Any) -> torch.Tensor:
+        def copied(rows: torch.Tensor, **fields: Any) -> torch.Tensor:
             return torch_tensor(send(engine, model="echo", hidden_states=rows, **fields).output)
 
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert torch.equal(echo(rows.to(dtype)), rows.to(dtype))
+            assert torch.equal(copied(rows.to(dtype)), rows.to(dtype))
         scaled = fp8.float() * scale.repeat_interleave(128, 1)
-        assert torch.equal(echo(fp8, **wide), scaled.bfloat16())
-        assert torch.equal(echo(fp8.view(torch.uint8), **wide, reply_dtype="float32"), scaled)
+        assert torch.equal(copied(fp8, **wide), scaled.bfloat16())
+        assert torch.equal(copied(fp8.view(torch.uint8), **wide, reply_dtype="float32"), scaled)
         powers = torch.exp2(e8m0.double() - 127).float().repeat_interleave(32, 1)
-        assert torch.equal(echo(fp8, **mx, reply_dtype="float32"), fp8.float() * powers)
-        assert torch.equal(echo(rows, topk_ids=torch.tensor(3), partial=True), rows)
+        assert torch.equal(copied(fp8, **mx, reply_dtype="float32"), fp8.float() * powers)
+        assert torch.equal(copied(rows, topk_ids=torch.tensor(3), partial=True), rows)
 
 
 def test_backends_keep_their_order() -> None:

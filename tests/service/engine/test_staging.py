@@ -8,12 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.service.engine.parts import CPU, resident, running
+from tests.service.engine.parts import CPU, echo, resident, running
 from tests.strategies import generator, layer_spec, random_topk, torch_tensor, wire
 
-from expertd.capability.device import detect
-from expertd.engine.loader import Loader
-from expertd.engine.resident import Residents
 from expertd.engine.staging import TORCH_DTYPES, StagingBuffer
 from expertd_wire.messages import ForwardCall
 from expertd_wire.tensors import DTYPES, WireTensor
@@ -49,10 +46,9 @@ def test_unaligned_bytes_are_fine() -> None:
 
 def test_replies_stay_when_later_calls_use_the_buffers() -> None:
     random = generator(41)
-    residents = Residents()
-    Loader(residents, detect("cpu"), CPU).add_identity("echo", 64)
+    layer = echo(64)
     rows = [torch.randn(tokens, 64, generator=random) for tokens in (3, 2000, 1, 999, 4)]
-    with running(residents.get("echo", 0)) as engine:
+    with running(layer) as engine:
         calls = [ForwardCall("echo", 0, wire(each)) for each in rows]
         replies = [engine.submit(each, "test", None).future.result(10) for each in calls]
     for given_rows, reply in zip(rows, replies, strict=True):
