@@ -28,7 +28,7 @@ ROOMS = (
     ("engine",),
     ("metrics",),
     ("transport",),
-    ("sources", "steward", "app", "cli"),
+    ("preflight", "sources", "steward", "app", "cli"),
 )
 """A room imports from its own row and from those above."""
 
@@ -150,7 +150,7 @@ def normal(name: str) -> str:
     [
         ("expertd_wire", ()),
         ("expertd_client", ("torch",)),
-        ("expertd", ("torch", "server", "gpu")),
+        ("expertd", ("torch", "server", "gpu", "transformers")),
     ],
 )
 def test_imports_are_declared(package: str, extras: tuple[str, ...]) -> None:
