@@ -66,6 +66,10 @@ def test_the_whole_path_equals_the_block(name: str, dtype: torch.dtype, tmp_path
         truth = block(rows[None])[0]
         logits, block_weights, block_ids = block.gate(rows)
     assert spec.routing is not None
+    clear = without_ties(logits, spec.routing.top_k)
+    assert clear.sum() > 30
+    rows, truth, logits = rows[clear], truth[clear], logits[clear]
+    block_weights, block_ids = block_weights[clear], block_ids[clear]
     ids, router = route_for(spec.routing, logits, bias)
     assert_same_choice(ids, block_ids)
     assert relative(dense(ids, router), dense(block_ids, block_weights)) <= TOLERANCE[dtype]
@@ -73,6 +77,12 @@ def test_the_whole_path_equals_the_block(name: str, dtype: torch.dtype, tmp_path
         got = run(backend(backend_name, spec, weights), rows, ids, router, reply=dtype)
         assert not torch.isnan(got).any()
         assert relative(got, truth) <= TOLERANCE[dtype], backend_name
+
+
+def without_ties(logits: Tensor, top_k: int) -> Tensor:
+    """Rows [T] whose last chosen logit is not equal to the first that was left: bf16 ties often."""
+    ordered = logits.float().sort(dim=1, descending=True).values
+    return ordered[:, top_k - 1] != ordered[:, top_k]
 
 
 def assert_same_choice(ids: Tensor, theirs: Tensor) -> None:
