@@ -151,7 +151,6 @@ def fp4_block(args: Arguments) -> Launch:
     packed = 2 if args.hidden_states.dtype == torch.uint8 else 1
     size = sizes(args, name, packed=packed)
     fmt = _FP4[name]
-    _check_weight_vector(args, size, fmt)
     rows = _fp4_rows(args, size, name)
     order = orders(size)
     decode = _Decoder(formats.fp4_values, fmt.scales)
@@ -198,16 +197,6 @@ def _by_vector(values: int, scale: Tensor, vector: int, name: str) -> str:
     return name
 
 
-def _check_weight_vector(args: Arguments, size: Sizes, fmt: _Fp4) -> None:
-    """The launcher infers the weights' format from FC1's scale count, snapped to 16 or 32."""
-    scale = args.gemm1_weights_scale
-    require(isinstance(scale, Tensor), "gemm1_weights_scale", scale, "a tensor")
-    logical = size.local * size.rows * size.hidden
-    inferred = 32 if logical // max(scale.numel(), 1) > 16 else 16
-    expected = f"one scale per {fmt.weights} values beside these rows"
-    require(inferred == fmt.weights, "gemm1_weights_scale", f"one per {inferred}", expected)
-
-
 def _fp4_rows(args: Arguments, size: Sizes, name: str) -> Tensor:
     """The rows in fp32, with their block scales where they have some."""
     packed = args.hidden_states.dtype == torch.uint8
@@ -235,6 +224,7 @@ def _check_scale_layout(given: object) -> None:
 def _fp4_weights(args: Arguments, name: str, shape: list[int], fmt: _Fp4) -> tuple[Tensor, Tensor]:
     local, rows, columns = shape
     weights = args.tensor(name, BYTE, [local, rows, columns // 2])
+    # The launcher infers the format from this count; any other has no kernel beside these rows.
     scales = args.flat(f"{name}_scale", E4M3, [local, rows, columns // fmt.weights])
     return weights, scales
 

@@ -13,16 +13,9 @@ Tiers = tuple[tuple[int, int], ...]
 
 _SMALL: Tiers = ((256, 8),)
 _RENORMALIZE: Tiers = ((2048, 32),)
-_SIGMOID_BIAS: Tiers = (
-    (128, 8),
-    (256, 8),
-    (384, 8),
-    (512, 8),
-    (512, 22),
-    (896, 16),
-    (1024, 32),
-)
-# (experts, top_k) that kernels were compiled for; grouped DeepSeekV3 has rules instead.
+_SIGMOID_BIAS: Tiers = ((1024, 32),)
+# (experts, top_k) that kernels were compiled for, without the pairs that a larger one covers;
+# grouped DeepSeekV3 has rules instead.
 TIERS: dict[RoutingMethodType, Tiers] = {
     M.Default: _SMALL,
     M.Renormalize: _RENORMALIZE,

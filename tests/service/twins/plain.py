@@ -1,4 +1,4 @@
-"""The plain fp32 answer: original weights, no layout, no requantisation, one token at a time."""
+"""The plain fp32 answer: original weights, no layout, one token at a time, rounded only on wish."""
 
 from __future__ import annotations
 
@@ -26,27 +26,51 @@ class Physical:
 
 
 NONE = Physical()
+Rounding = Callable[[Tensor], Tensor]
+
+
+def as_it_is(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass(frozen=True)
+class Roundings:
+    """Of FC1's rows before the activation, of what FC2 reads, and of every bf16 result."""
+
+    raw: Rounding = as_it_is
+    middle: Rounding = as_it_is
+    result: Rounding = as_it_is
+
+
+EXACT = Roundings()
 
 
 def output(
-    native: Native, ids: list[list[int]], weights: Tensor, physical: Physical = NONE
+    native: Native,
+    ids: list[list[int]],
+    weights: Tensor,
+    physical: Physical = NONE,
+    roundings: Roundings = EXACT,
 ) -> Tensor:
     """[T, H] fp32: sum over the listed experts; -1 and what is not listed contribute nothing."""
     out = torch.zeros(native.x.shape[0], native.fc2.shape[1])
     for token, experts in enumerate(ids):
         for slot, expert in enumerate(experts):
             if expert >= 0:
-                out[token] += weights[token, slot] * expert_output(native, token, expert, physical)
-    return out
+                row = expert_output(native, token, expert, physical, roundings)
+                out[token] += weights[token, slot] * row
+    return roundings.result(out)
 
 
-def expert_output(native: Native, token: int, expert: int, physical: Physical) -> Tensor:
+def expert_output(
+    native: Native, token: int, expert: int, physical: Physical, roundings: Roundings
+) -> Tensor:
     raw = native.fc1[expert] @ native.x[token]
     if physical.bias1 is not None:
         raw = raw + physical.bias1[expert]
-    middle = ACTIVATIONS[native.activation](raw, expert, physical)
-    out = native.fc2[expert] @ middle
-    return out if physical.bias2 is None else out + physical.bias2[expert]
+    middle = ACTIVATIONS[native.activation](roundings.raw(raw), expert, physical)
+    out = native.fc2[expert] @ roundings.middle(middle)
+    return roundings.result(out if physical.bias2 is None else out + physical.bias2[expert])
 
 
 def _swiglu(raw: Tensor, expert: int, with_: Physical) -> Tensor:

@@ -94,6 +94,7 @@ def test_methods_without_a_bias(method: M, shift: float, seed: int) -> None:
         ids, weights = by_hand(method, row, top_k)
         assert got.ids[token].tolist() == ids
         assert torch.allclose(got.weights[token], torch.tensor(weights), rtol=8e-3, atol=1e-6)
+    assert torch.equal(got.weights, got.weights.bfloat16().float())
 
 
 @pytest.mark.parametrize("method", [M.MiniMax2, M.DeepSeekV3])
@@ -227,7 +228,7 @@ LIMITS = [
     (M.Sigmoid, 512, 8, False),
     (M.TopKSigmoid, 256, 9, False),
     (M.MiniMax2, 512, 22, True),
-    (M.MiniMax2, 512, 23, True),  # falls through to (1024, 32)
+    (M.MiniMax2, 1024, 32, True),
     (M.MiniMax2, 1028, 8, False),
     (M.DeepSeekV3, 1024, 32, True),
     (M.DeepSeekV3, 1024, 33, False),
