@@ -14,6 +14,7 @@ from tests.service.twins.stored import (
     blocked64,
     by_row,
     exponents,
+    largest_middle,
     mxfp4,
     mxfp8,
     nvfp4,
@@ -120,7 +121,7 @@ def bf16(seed: int, activation: str = "Swiglu") -> Native:
 def fp8_per_tensor(seed: int, activation: str = "Swiglu") -> Native:
     gated = activation in GATED
     x, fc1, fc2 = random_layer(seed, gated)
-    middle = _largest_middle(x, fc1, activation)
+    middle = largest_middle(x, fc1, activation in GATED)
     view = prepare.prepare_trtllm_fp8_per_tensor_weights(
         fc1,
         fc2,
@@ -261,7 +262,7 @@ def nvfp4_block(seed: int, activation: str = "Swiglu") -> Native:
     top = 448 * 6.0
     sx = top / x.float().abs().max()
     s1, s2 = (top / w.float().abs().amax((1, 2), keepdim=True) for w in (fc1, fc2))
-    sc = float(top / _largest_middle(x, fc1, activation))
+    sc = float(top / largest_middle(x, fc1, activation in GATED))
     (q0, f0, x0), (q1, f1, w1), (q2, f2, w2) = (
         nvfp4(values, by) for values, by in ((x, sx), (fc1, s1), (fc2, s2))
     )
@@ -336,7 +337,7 @@ def mxfp8_mxfp4(seed: int, activation: str = "Swiglu") -> Native:
 def e4m3_mxfp4(seed: int, activation: str = "Swiglu") -> Native:
     x, fc1, _ = random_layer(seed, activation in GATED)
     sx = float(448 / x.float().abs().max())
-    sc = float(448 / _largest_middle(x, fc1, activation))
+    sc = float(448 / largest_middle(x, fc1, activation in GATED))
     stored = (x.float() * sx).clamp(-448, 448).to(torch.float8_e4m3fn)
     native = _mxfp4_block(seed, activation, {"hidden_states": stored}, stored.float() / sx)
     out = sc / sx if activation in GATED else sc
@@ -394,12 +395,3 @@ FORMATS: dict[str, Callable[..., Native]] = {
     "e4m3_mxfp4": e4m3_mxfp4,
     "mxint4": mxint4,
 }
-
-
-def _largest_middle(x: Tensor, fc1: Tensor, activation: str) -> float:
-    """Eight times the largest activation output: parameters and biases must not saturate it."""
-    raw = torch.einsum("th,emh->etm", x.float(), fc1.float())
-    if activation not in GATED:
-        return 8 * float(torch.relu(raw).square().max())
-    up, gate = raw.chunk(2, dim=2)
-    return 8 * float((up * torch.nn.functional.silu(gate)).abs().max())

@@ -111,3 +111,12 @@ def blocked64(weights: Tensor) -> Tensor:
     rows = shuffle_matrix_a(weights.view(torch.uint8), 64)
     blocks: Tensor = core.convert_to_block_layout(rows, 128)
     return blocks.view(torch.float8_e4m3fn)
+
+
+def largest_middle(x: Tensor, fc1: Tensor, gated: bool) -> float:
+    """Eight times the largest activation output: parameters and biases must not saturate it."""
+    raw = torch.einsum("th,emh->etm", x.float(), fc1.float())
+    if not gated:
+        return 8 * float(torch.relu(raw).square().max())
+    up, gate = raw.chunk(2, dim=2)
+    return 8 * float((up * torch.nn.functional.silu(gate)).abs().max())
