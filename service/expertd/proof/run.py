@@ -28,6 +28,7 @@ TOLERANCES: dict[str, float] = {
     "fp32": 1e-5,
     "bf16": 1e-2,
     "fp16": 1e-2,
+    "fp8": 8e-2,
     "fp8_tensor": 8e-2,
     "fp8_token": 8e-2,
     "fp8_group128": 8e-2,

@@ -1,0 +1,27 @@
+"""The kernel's scratch memory: one buffer a device and stream, shared by all layers, only growing.
+
+Calls on one stream run one after the other, so they can share; the largest call of any layer
+decides the size, and warm-up makes it before a request has to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_buffers: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def workspace(size: int, device: torch.device) -> Tensor:
+    """At least size bytes of uint8 for a call on the current stream."""
+    key = device, _stream(device)
+    found = _buffers.get(key)
+    if found is None or found.numel() < size:
+        # The old buffer goes first, so that both need not fit.
+        _buffers.pop(key, None)
+        found = _buffers[key] = torch.empty(size, dtype=torch.uint8, device=device)
+    return found
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
