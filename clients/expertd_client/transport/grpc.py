@@ -68,6 +68,9 @@ class GrpcSettings:
         found = _status(error)
         if not found.reason and _OVER_LIMIT.search(found.message):
             return self._too_large(found.message)
+        if not found.reason and found.code == "CANCELLED":
+            # Nobody here cancelled it: a server that shuts down drops what it has not taken so.
+            return Unavailable("the server went away before it took this call; retry elsewhere")
         return error_for(*found)
 
     def _too_large(self, text: str) -> InvalidArgument:

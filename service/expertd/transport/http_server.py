@@ -46,7 +46,8 @@ class HttpServer:
     def bind(self, host: str, port: int) -> int:
         """The port that was bound (port 0 chooses); raises OSError if it is taken."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        # Named TCP, connections answer at once: asyncio sets TCP_NODELAY on no others.
+        self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((host, port))
         return int(self._socket.getsockname()[1])

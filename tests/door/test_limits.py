@@ -1,0 +1,154 @@
+"""Every limit has a flag and a default, and an error that names the flag."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import torch
+from tests.door.probing import connect, until
+from tests.e2e.asking import PROTOCOLS, raw_grpc
+from tests.e2e.local import Local
+from tests.e2e.servers import in_process
+from tests.service.engine.parts import Gate
+from tests.strategies import wire_call
+
+from expertd.config import SETTINGS, Settings, add_flags, resolve
+from expertd_wire.codec import encode_forward_call
+from expertd_wire.methods import MESSAGE_SLACK_BYTES
+from expertd_wire.tensors import MAX_ELEMENTS, MAX_RANK
+
+DEFAULTS = {
+    "max_message_bytes": 256 << 20,
+    "max_call_tokens": 65536,
+    "max_batch_tokens": 8192,
+    "max_queued_tokens": 65536,
+    "max_queued_bytes": 1 << 30,
+    "max_concurrent_calls": 64,
+    "max_stream_calls": 64,
+    "max_header_bytes": 16384,
+    "header_seconds": 10.0,
+    "ingress_bytes": 16 << 30,
+    "drain_seconds": 30.0,
+}
+FLAGS = (
+    *("--identity", "echo=8", "--max-message-bytes", "65536", "--max-call-tokens", "100"),
+    *("--max-header-bytes", "2048", "--max-queued-tokens", "4"),
+)
+
+
+def parsed(*flags: str) -> Settings:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return resolve(parser.parse_args(flags), {}).settings
+
+
+def test_the_defaults() -> None:
+    defaults = parsed()
+    assert {name: getattr(defaults, name) for name in DEFAULTS} == DEFAULTS
+    limits = [s.name for s in SETTINGS if s.name.startswith("max_")]
+    assert set(limits) <= set(DEFAULTS), "a new limit needs its line here"
+    assert defaults.max_concurrent_calls * defaults.max_message_bytes <= defaults.ingress_bytes
+
+
+@pytest.fixture
+def local() -> Iterator[Local]:
+    with in_process(*FLAGS) as (app, addresses):
+        assert app.wait_ready()
+        yield Local(app, addresses)
+
+
+TOO_MUCH: dict[str, tuple[dict[str, Any], str]] = {
+    "message": ({"hidden_states": torch.ones(1 << 12, 8)}, "--max-message-bytes"),
+    "rows": ({"hidden_states": torch.ones(101, 8)}, "--max-call-tokens"),
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_one_call_too_large_names_the_flag(local: Local, protocol: str, case: str) -> None:
+    fields, flag = TOO_MUCH[case]
+    answer = local.ask(protocol, **fields)
+    assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "TOO_LARGE")
+    assert flag in answer.message
+
+
+def test_rank_and_elements_are_limits_of_the_wire(local: Local) -> None:
+    assert (MAX_RANK, MAX_ELEMENTS) == (4, 1 << 40)
+    rank5 = wire_call(model="echo", hidden_states=torch.ones(1, 1, 1, 2, 8))
+    with grpc.insecure_channel(local.addresses.grpc) as channel:
+        answer = raw_grpc(channel, encode_forward_call(rank5))
+    assert answer.code == "INVALID_ARGUMENT" and "more than 4 sizes" in answer.message
+
+
+def test_far_above_the_limit_grpc_itself_refuses(local: Local) -> None:
+    with grpc.insecure_channel(local.addresses.grpc) as channel:
+        answer = raw_grpc(channel, b"x" * (65536 + MESSAGE_SLACK_BYTES + 1))
+        assert answer.code == "RESOURCE_EXHAUSTED"
+        edge = raw_grpc(channel, b"x" * 65537)
+    assert edge.reason == "TOO_LARGE" and "--max-message-bytes" in edge.message
+
+
+def test_large_headers_are_refused(local: Local) -> None:
+    url = f"http://{local.addresses.http}"
+    with httpx.Client(base_url=url, trust_env=False) as web:
+        response = web.get("/healthz", headers={"x-large": "x" * 2048})
+        assert response.status_code == 400 and "--max-header-bytes" in response.text
+        response = web.get(f"/healthz?{'x' * 2048}")
+        assert response.status_code == 400 and "--max-header-bytes" in response.text
+        assert web.get("/healthz", headers={"x-large": "x" * 1024}).status_code == 200
+    with grpc.insecure_channel(local.addresses.grpc) as channel:
+        call = channel.unary_unary("/expertd_wire.v1.Experts/ListLayers")
+        call(b"", timeout=10, metadata=(("x-large", "x" * 1024),))
+        with pytest.raises(grpc.RpcError) as caught:
+            call(b"", timeout=10, metadata=(("x-large", "x" * 8192),))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_full_queue_names_its_flag(local: Local, protocol: str) -> None:
+    local.script(gate := Gate())
+    waiting = local.in_background(1)
+    assert gate.entered.wait(10)
+    waiting += local.in_background(2)
+    until(lambda: local.echo.queued_tokens == 4)
+    answer = local.ask(protocol)
+    assert answer.code == "RESOURCE_EXHAUSTED" and "--max-queued-tokens" in answer.message
+    gate.opened.set()
+    for thread in waiting:
+        thread.join(10)
+
+
+def test_bodies_together_name_the_ingress() -> None:
+    """Announced bytes are taken before they arrive, so that slow bodies cannot pile up."""
+    limits = ("--max-message-bytes", "524288", "--max-concurrent-calls", "2")
+    with in_process("--identity", "echo=8", *limits, "--ingress-bytes", "1048576") as (app, at):
+        assert app.wait_ready()
+        head = "POST /v1/forward?model=echo&layer=0 HTTP/1.1\r\nHost: localhost\r\n"
+        with connect(at.http) as one, connect(at.http) as other:
+            for connection in (one, other):
+                connection.sendall(f"{head}Content-Length: 524288\r\n\r\n".encode())
+            until(lambda: app._ingress.taken == 1 << 20)
+            answer = Local(app, at).ask("http")
+            assert answer.code == "RESOURCE_EXHAUSTED" and "--ingress-bytes" in answer.message
+        until(lambda: app._ingress.taken == 0)
+        assert Local(app, at).ask("http").code == "OK"
+
+
+def test_a_body_without_a_length_counts_as_the_longest(local: Local) -> None:
+    url = f"http://{local.addresses.http}/v1/forward?model=echo&layer=0"
+    with httpx.Client(trust_env=False) as web:
+        response = web.post(url, content=iter([b"x" * 65536, b"x"]))
+    assert response.status_code == 400 and "--max-message-bytes" in response.text
+
+
+def test_what_could_not_be_held_does_not_start() -> None:
+    with (
+        pytest.raises(Exception, match=r"--max-concurrent-calls.*--ingress-bytes"),
+        in_process("--identity", "echo=8", "--ingress-bytes", "1048576"),
+    ):
+        pass
