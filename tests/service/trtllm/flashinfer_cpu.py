@@ -8,12 +8,22 @@ import tempfile
 # FlashInfer writes below this when it is imported; its default is somebody's home.
 os.environ.setdefault("FLASHINFER_WORKSPACE_BASE", tempfile.mkdtemp(prefix="flashinfer-"))
 
+import flashinfer.tllm_enums as enums
 import torch
+from flashinfer import fused_moe
 from flashinfer.fused_moe import api, core, prepare
 from flashinfer.quantization import fp4_quantization
 from torch import Tensor
 
-__all__ = ["api", "core", "fp4_quantization", "interleave_scales", "prepare"]
+__all__ = [
+    "api",
+    "core",
+    "enums",
+    "fp4_quantization",
+    "fused_moe",
+    "interleave_scales",
+    "prepare",
+]
 
 
 def interleave_scales(scales: Tensor) -> Tensor:

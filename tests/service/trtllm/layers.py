@@ -6,8 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from tests.strategies import random_topk, random_weights
 from torch import Tensor
 
+from expertd.backends.base import Backend, Batch
+from expertd.backends.flashinfer_trtllm import backend as trtllm
 from expertd.capability.row import Row
 from expertd.capability.rows.flashinfer_trtllm import ROWS
 from expertd.core import (
@@ -62,9 +65,37 @@ def with_inputs(weights: ExpertWeights, random: torch.Generator) -> ExpertWeight
     """The same weights with static activation scales that differ between experts."""
     held = len(weights.w13)
     input13, input2 = 0.5 + torch.rand(2, held, generator=random)
-    return replace(weights, input13=input13 / 300, input2=input2 / 200)
+    return replace(weights, input13=input13 / 30, input2=input2 / 20)
 
 
 def raw(tensor: Tensor) -> Tensor:
     """The bytes, for comparisons that know no tolerance."""
     return tensor.contiguous().view(torch.uint8)
+
+
+def backend_of(
+    row: Row, spec: LayerSpec, bias: Tensor | None = None, *, inputs: bool = True
+) -> Backend:
+    """The row's backend on random weights, warmed up."""
+    random = torch.Generator().manual_seed(5)
+    weights = random_weights(spec, random)
+    weights = with_inputs(weights, random) if inputs else weights
+    name = row.load.partition(":")[2]
+    backend: Backend = getattr(trtllm, name)(row, spec, torch.device("cpu"))
+    assert backend.check() == ()
+    backend.prepare_weights(weights, bias)
+    backend.warm_up((3,))
+    return backend
+
+
+def batch_of(row: Row, spec: LayerSpec, tokens: int = 5, **changes: Any) -> Batch:
+    """Random rows with the form of routing that the row takes."""
+    random = torch.Generator().manual_seed(6)
+    rows = torch.randn(tokens, spec.hidden, generator=random).bfloat16()
+    if row.mode is PlanMode.MONOLITHIC:
+        logits = torch.randn(tokens, spec.num_experts, generator=random)
+        plain = Batch(rows, torch.zeros_like(rows), logits=logits)
+    else:
+        ids, weights = random_topk(tokens, spec.num_experts, 2, random)
+        plain = Batch(rows, torch.zeros_like(rows), ids=ids, weights=weights)
+    return replace(plain, **changes)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.service.trtllm.flashinfer_cpu import core, fp4_quantization, interleave_scales
+from tests.service.trtllm.layers import raw
 
 from expertd.backends.flashinfer_trtllm.permute import (
     block_major,
@@ -13,8 +15,6 @@ from expertd.backends.flashinfer_trtllm.permute import (
     take_rows,
 )
 from expertd.backends.flashinfer_trtllm.swizzle import swizzle
-from tests.service.trtllm.flashinfer_cpu import core, fp4_quantization, interleave_scales
-from tests.service.trtllm.layers import raw
 
 ROWS = (128, 256, 384, 1024)
 

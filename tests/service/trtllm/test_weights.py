@@ -7,12 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-from expertd.backends.flashinfer_trtllm.pad import Sizes
-from expertd.backends.flashinfer_trtllm.weights import Native, native
-from expertd.core import ActivationKind, LayerSpec, QuantScheme
-from expertd.weights.canonical import ExpertWeights
 from tests.service.trtllm.flashinfer_cpu import (
     api,
     fp4_quantization,
@@ -21,6 +15,12 @@ from tests.service.trtllm.flashinfer_cpu import (
 )
 from tests.service.trtllm.layers import ACTIVATIONS, layer, raw
 from tests.strategies import generator, random_weights
+from torch import Tensor
+
+from expertd.backends.flashinfer_trtllm.pad import Sizes
+from expertd.backends.flashinfer_trtllm.weights import Native, native
+from expertd.core import ActivationKind, LayerSpec, QuantScheme
+from expertd.weights.canonical import ExpertWeights
 
 GATED = pytest.mark.parametrize("gated", [True, False])
 KINDS = {True: ActivationKind.SWIGLU, False: ActivationKind.RELU2}
@@ -33,9 +33,8 @@ def spec_of(quant: QuantScheme, gated: bool, **changes: Any) -> LayerSpec:
 
 
 def prepared(weights: ExpertWeights, spec: LayerSpec) -> Native:
-    return native(
-        weights, spec, Sizes(spec.hidden, spec.intermediate, spec.hidden, spec.intermediate)
-    )
+    sizes = (spec.hidden, spec.intermediate)
+    return native(weights, spec, Sizes(*sizes, *sizes))
 
 
 def theirs_of(function: Any, spec: LayerSpec, w13: Tensor, w2: Tensor, **extra: Any) -> Any:

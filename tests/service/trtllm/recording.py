@@ -1,0 +1,54 @@
+"""A library that answers every entry with a constant and keeps what it was called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tests.service.trtllm.flashinfer_cpu import enums, fused_moe
+from torch import Tensor
+
+ANSWER = 3.0
+LISTS = ("fp4", "mxint4")
+"""Entries that answer with a list of one tensor."""
+
+
+class Recording:
+    """FlashInfer's names; calls bind to the installed signatures, by keyword only."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+        self.in_place = True
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.calls[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("trtllm_"):
+            return self._entry(name)
+        return getattr(enums, name)
+
+    def _entry(self, name: str) -> Callable[..., Any]:
+        signature = inspect.signature(getattr(fused_moe, name))
+
+        def entry(**given: Any) -> Tensor | list[Tensor]:
+            signature.bind(**given)
+            self.calls.append(given)
+            out = self._output(given)
+            return [out] if any(kind in name for kind in LISTS) else out
+
+        entry.__signature__ = signature  # type: ignore[attr-defined]
+        return entry
+
+    def _output(self, given: dict[str, Any]) -> Tensor:
+        rows = given["hidden_states"]
+        wide = rows.shape[1] * (2 if rows.dtype == torch.uint8 else 1)
+        width = given.get("valid_hidden_size") or wide
+        out = given.get("output") if self.in_place else None
+        if out is None:
+            out = torch.empty(rows.shape[0], width, dtype=torch.bfloat16)
+        out.fill_(ANSWER)
+        return out
