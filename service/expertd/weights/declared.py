@@ -22,15 +22,15 @@ def declared_formats(config: Config, module: str) -> Declared:
 
     Raises FailedPrecondition for a quantisation that cannot be read.
     """
-    declared = config.get("quantization_config")
+    declared = _object(config, "quantization_config")
     if not declared:
         return ()
     method = str(declared.get("quant_method"))
     reader = METHODS.get(method)
     if reader is None:
         raise _unreadable(f"quant_method {method!r}", METHODS)
-    ignored = _names(declared, "modules_to_not_convert", "ignore", "exclude_modules")
-    if any(names(pattern, module) for pattern in ignored):
+    keys = ("modules_to_not_convert", "ignore", "exclude_modules")
+    if any(names(pattern, module) for key in keys for pattern in _names(declared, key)):
         return ()
     return reader(declared, config, module)
 
@@ -49,12 +49,19 @@ def names(pattern: str, module: str) -> bool:
     return f".{pattern}." in f".{module}."
 
 
-def _names(declared: Config, *keys: str) -> Iterable[str]:
-    for key in keys:
-        listed = declared.get(key) or []
-        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-            raise FailedPrecondition(f"config.json: {key} {listed!r:.100} is not a list of names")
-        yield from listed
+def _names(declared: Config, key: str) -> list[str]:
+    listed = declared.get(key) or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise FailedPrecondition(f"config.json: {key} {listed!r:.100} is not a list of names")
+    return listed
+
+
+def _object(config: Config, key: str) -> Config:
+    """An object of the config, empty where there is none."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise FailedPrecondition(f"config.json: {key} {value!r:.100} is not an object")
+    return value
 
 
 def _fp8(declared: Config, config: Config, module: str) -> Declared:
@@ -82,14 +89,15 @@ MODELOPT = {
 def _modelopt(declared: Config, config: Config, module: str) -> Declared:
     algorithm = declared.get("quant_algo")
     if algorithm == "MIXED_PRECISION":
-        layers = declared.get("quantized_layers") or {}
-        found = next((layers[key] for key in layers if names(key, module)), None)
+        layers = _object(declared, "quantized_layers")
+        found = next((key for key in layers if names(key, module)), None)
         if found is None:
             return ()
-        algorithm = found.get("quant_algo")
-    if algorithm not in MODELOPT:
+        algorithm = _object(layers, found).get("quant_algo")
+    known = MODELOPT.get(str(algorithm))
+    if known is None:
         raise _unreadable(f"quant_algo {algorithm!r}", MODELOPT)
-    return MODELOPT[algorithm]
+    return known
 
 
 COMPRESSED: dict[tuple[object, ...], Declared] = {
@@ -106,16 +114,18 @@ COMPRESSED: dict[tuple[object, ...], Declared] = {
 
 def _compressed(declared: Config, config: Config, module: str) -> Declared:
     """The first group whose targets name the module (Linear means every one)."""
-    for group in (declared.get("config_groups") or {}).values():
-        if any(target == "Linear" or names(target, module) for target in group["targets"]):
-            return _compressed_weights(group.get("weights") or {})
+    groups = _object(declared, "config_groups")
+    for group in (_object(groups, name) for name in groups):
+        targets = _names(group, "targets")
+        if any(target == "Linear" or names(target, module) for target in targets):
+            return _compressed_weights(_object(group, "weights"))
     return ()
 
 
 def _compressed_weights(weights: Config) -> Declared:
     group = weights.get("group_size")
     key = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"), group or None)
-    known = COMPRESSED.get(key)
+    known = next((forms for told, forms in COMPRESSED.items() if told == key), None)
     block = weights.get("block_structure")
     if known is None or not weights.get("symmetric", True) or block not in (None, [128, 128]):
         raise _unreadable(f"config_groups weights {dict(weights)!r:.300}", map(str, COMPRESSED))

@@ -50,7 +50,7 @@ class Layout:
         roots = "|".join(re.escape(root) for root in ROOTS)
         down = re.escape(self.down).replace(r"\{e\}", r"\d+")
         end = r"\." if self.suffix == "module" else r"(?:_\w+)?$"
-        return re.compile(rf"((?:{roots})(?:layers|blocks)\.)(\d+)\.{down}{end}")
+        return re.compile(rf"((?:{roots})(?:layers|blocks)\.)([0-9]{{1,6}})\.{down}{end}")
 
 
 ACTIVATIONS = {

@@ -57,7 +57,7 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
 
 def _number(value: dict[str, Any]) -> Any:
     """transformers writes infinity, which JSON has not, as an object of its own."""
-    return float(value["__float__"]) if value.keys() == {"__float__"} else value
+    return float(str(value["__float__"])) if value.keys() == {"__float__"} else value
 
 
 def weight_files(root: Path) -> dict[str, list[str] | None]:

@@ -202,3 +202,20 @@ def test_a_quantised_checkpoint_is_not_quantised_again(tmp_path: Path) -> None:
     write_demo(tmp_path / "m")
     with pytest.raises(FailedPrecondition, match="quantised already"):
         quantize_checkpoint(tmp_path / "m", tmp_path / "n", QuantScheme.NVFP4)
+
+
+def test_transformers_reads_gpt_oss_blocks_the_same(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    write_demo(tmp_path / "m", "gpt_oss", "mxfp4")
+    _, weights = load(tmp_path / "m")
+    plain = Mxfp4Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", dtype=torch.bfloat16, quantization_config=plain
+    )
+    experts = model.model.layers[0].mlp.experts
+    for expert in range(32):
+        w13, w2 = dequantize(weights, expert)
+        turns = experts.gate_up_proj[expert].float().T
+        assert torch.equal(w13, torch.cat([turns[1::2], turns[::2]]))
+        assert torch.equal(w2, experts.down_proj[expert].float().T)
