@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from expertd.engine.ticket import Ticket
@@ -28,7 +26,7 @@ class StagingBuffer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._bytes = self._allocate(1 << 16)
+        self._allocate(1 << 16)
 
     def stack(self, tensors: Sequence[WireTensor]) -> Tensor:
         """The tensors, equal but for their first size, one below the other on the device.
@@ -36,18 +34,20 @@ class StagingBuffer:
         The result is valid until the next stack(): it may be a view of the buffer.
         """
         total = sum(tensor.nbytes for tensor in tensors)
-        if total > self._bytes.numel():
-            self._bytes = self._allocate(1 << (total - 1).bit_length())
-        target, begin = self._bytes.numpy(), 0
+        if total > len(self._memory):
+            self._allocate(1 << (total - 1).bit_length())
+        begin = 0
         for tensor in tensors:
-            target[begin : begin + tensor.nbytes] = np.frombuffer(tensor.data, np.uint8)
+            self._memory[begin : begin + tensor.nbytes] = tensor.data
             begin += tensor.nbytes
         shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
         host = self._bytes[:total].view(TORCH_DTYPES[tensors[0].dtype]).view(shape)
         return host.to(self._device, non_blocking=True)
 
-    def _allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+    def _allocate(self, size: int) -> None:
+        pinned = self._device.type == "cuda"
+        self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self._memory = self._bytes.numpy().data
 
 
 class Staging:
@@ -76,5 +76,4 @@ class Staging:
 
 def host_bytes(out_TH: Tensor) -> memoryview:
     """The bytes of a result, row-major, in host memory."""
-    flat: NDArray[np.uint8] = out_TH.contiguous().cpu().view(torch.uint8).numpy().reshape(-1)
-    return flat.data
+    return out_TH.contiguous().cpu().view(torch.uint8).numpy().data.cast("B")

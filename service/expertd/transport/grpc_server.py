@@ -43,7 +43,8 @@ class GrpcServer:
         self._server = grpc.server(
             ThreadPoolExecutor(limits.max_concurrent_calls, thread_name_prefix="grpc"),
             maximum_concurrent_rpcs=limits.max_concurrent_calls,
-            interceptors=(GrpcDoor(guard),),
+            # Without tokens everybody may pass, and a door would cost each call some microseconds.
+            interceptors=(GrpcDoor(guard),) if guard.tokens else (),
             options=_options(limits),
         )
         handlers = [grpc.method_handlers_generic_handler(*named) for named in services.items()]
