@@ -118,8 +118,8 @@ def stored_parts(format_: Format, matrix: Matrix) -> dict[str, Tensor]:
     if matrix.scale is not None:
         parts["scale"] = matrix.scale
     if matrix.global_scale is not None:
-        reciprocal = "global" in format_.reciprocal
-        parts["global"] = 1 / matrix.global_scale if reciprocal else matrix.global_scale
+        assert not format_.reciprocal, "no form that is written stores reciprocals"
+        parts["global"] = matrix.global_scale
     n, k = matrix.codes.shape[0], matrix.columns
     return {
         format_.parts[name].suffix: tensor.contiguous().reshape(format_.parts[name].shape(n, k))

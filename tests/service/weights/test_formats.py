@@ -23,7 +23,7 @@ from tests.service.weights.stored import (
 )
 from torch import Tensor
 
-from expertd.core import QuantScheme
+from expertd.core import Activation, ActivationKind, QuantScheme
 from expertd.errors import FailedPrecondition
 from expertd.weights.canonical import ExpertWeights
 from expertd.weights.checkpoint import Checkpoint
@@ -183,6 +183,7 @@ def test_gpt_oss_blocks_with_biases(tmp_path: Path) -> None:
     )
     spec = layer_specs(checkpoint)[0]
     assert spec.quant == "mxfp4" and spec.expert_bias
+    assert spec.activation == Activation(ActivationKind.SWIGLU_OAI, 1.702, 1.0, 7.0)
     weights, _ = load_layer(checkpoint, 0, spec, "cpu")
     assert_means(weights, meant)
     rounded = torch.from_numpy(biases).bfloat16().float()
