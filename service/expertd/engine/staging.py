@@ -22,14 +22,19 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 
 class StagingBuffer:
-    """One growing host buffer, pinned if the device is a card."""
+    """One growing host buffer, pinned if the device is a card.
+
+    Every operation of torch costs a small call microseconds when its code is cold: hence the views
+    that are kept, and no copy to where the data already is.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._here = device.type == "cpu"
         self._allocate(1 << 16)
 
     def stack(self, tensors: Sequence[WireTensor]) -> Tensor:
-        """The tensors, equal but for their first size, one below the other on the device.
+        """Tensors [T, N] of one dtype and N, one below the other on the device.
 
         The result is valid until the next stack(): it may be a view of the buffer.
         """
@@ -40,14 +45,15 @@ class StagingBuffer:
         for tensor in tensors:
             self._memory[begin : begin + tensor.nbytes] = tensor.data
             begin += tensor.nbytes
-        shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
-        host = self._bytes[:total].view(TORCH_DTYPES[tensors[0].dtype]).view(shape)
-        return host.to(self._device, non_blocking=True)
+        rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
+        host = self._views[tensors[0].dtype].as_strided((rows, columns), (columns, 1))
+        return host if self._here else host.to(self._device, non_blocking=True)
 
     def _allocate(self, size: int) -> None:
         pinned = self._device.type == "cuda"
-        self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        self._memory = self._bytes.numpy().data
+        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self._memory = buffer.numpy().data
+        self._views = {name: buffer.view(dtype) for name, dtype in TORCH_DTYPES.items()}
 
 
 class Staging:
@@ -75,5 +81,6 @@ class Staging:
 
 
 def host_bytes(out_TH: Tensor) -> memoryview:
-    """The bytes of a result, row-major, in host memory."""
-    return out_TH.contiguous().cpu().view(torch.uint8).numpy().data.cast("B")
+    """The bytes of a contiguous result in host memory."""
+    host = out_TH if out_TH.device.type == "cpu" else out_TH.cpu()
+    return host.view(torch.uint8).numpy().data.cast("B")

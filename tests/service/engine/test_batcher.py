@@ -197,3 +197,14 @@ def test_many_threads_lose_and_repeat_nothing() -> None:
     for thread in threads:
         thread.join()
     assert {id(t) for t in got} == {id(t) for mine in sent for t in mine} and queued() == 0
+
+
+def test_a_call_cancelled_by_its_carrier_leaves_the_budget_at_once() -> None:
+    batcher = Batcher(Budget(max_queued_tokens=2))
+    batcher.submit(ticket())
+    batcher.submit(gone := ticket())
+    gone.future.cancel()
+    batcher.cancel(gone)
+    assert queued() == 1
+    batcher.submit(ticket())
+    batcher.fail_all("over")
