@@ -81,6 +81,14 @@ def test_the_arguments_mean_the_layer(
     assert difference(spec, weights, batch_of(spec, 2)) < TOLERANCE.get(quant, 1e-2)
 
 
+def test_without_a_limit_nothing_is_clamped(emulated: Emulated) -> None:
+    """Left alone, the kernel clamps SwiGLU-step at 7."""
+    spec = spec_of(QuantScheme.BF16, activation=Activation(ActivationKind.SWIGLU_STEP))
+    batch = batch_of(spec, 18)
+    batch.rows.mul_(30)
+    assert difference(spec, random_weights(spec, generator(19)), batch) < 1e-2
+
+
 @pytest.mark.parametrize("quant", COMPUTED)
 def test_biases_a_range_and_masked_ids(emulated: Emulated, quant: QuantScheme) -> None:
     spec = spec_of(quant, expert_bias=True, expert_begin=2, expert_end=4)
@@ -209,6 +217,17 @@ def test_warm_up_tunes_the_sizes_given(emulated: Emulated) -> None:
     assert emulated.tuned[-1] == (1, 16, 64)
     assert [len(call["input"]) for call in emulated.calls] == [64, 1, 16, 64]
     assert all(call["use_fused_finalize"] is False for call in emulated.calls)
+
+
+def test_a_tuner_that_cannot_tune_is_told(
+    emulated: Emulated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
+    tuning.tuner((1,), CPU)
+    assert not caplog.records
+    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
+    tuning.tuner((1,), CPU)
+    assert "untuned" in caplog.text
 
 
 def test_an_absent_module_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

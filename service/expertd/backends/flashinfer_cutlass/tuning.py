@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,6 +17,8 @@ from expertd.capability.device import installed_flashinfer
 from expertd.config import cache_directory
 from expertd.core import LayerSpec
 
+log = logging.getLogger(__name__)
+
 TUNE_TOKENS = 8192
 """The end of the kernel's buckets of sizes. FlashInfer keeps the buckets of the first call that
 names a new end, for all layers of the process, so there is only ever this one."""
@@ -24,6 +28,9 @@ PROBE_TOP_K = 8
 
 def tuner(tokens: tuple[int, ...], device: torch.device) -> AbstractContextManager[Any]:
     """Calls inside are tuned for these sizes, and the choice is kept for the next start."""
+    if os.environ.get("FLASHINFER_DISABLE_JIT"):
+        # It then fails every tactic in silence, unless its timing module was built ahead.
+        log.warning("FLASHINFER_DISABLE_JIT is set: FlashInfer may keep its untuned tactics")
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     context: AbstractContextManager[Any] = kernels.library().autotune(
