@@ -221,3 +221,28 @@ def test_channel_scales_follow_their_rows(gated: bool) -> None:
     assert not torch.equal(scales, weights.scale13)
     for name in ("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar"):
         assert torch.equal(ours[name], torch.ones(spec.held))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("quant", "limit", "tied"),
+    [
+        (QuantScheme.FP8_TENSOR, None, True),
+        (QuantScheme.NVFP4, None, False),
+        (QuantScheme.NVFP4, 2.0, True),
+    ],
+)
+def test_halves_of_different_scales(quant: QuantScheme, limit: float | None, tied: bool) -> None:
+    """Tied for FP8; for NVFP4 only where one clamp has to mean the same in both halves."""
+    activation = replace(ACTIVATIONS[ActivationKind.SWIGLU], limit=limit)
+    spec = replace(spec_of(quant, True), activation=activation)
+    weights = random_weights(spec, generator(10))
+    weights = replace(weights, input13=torch.ones(3), input2=torch.ones(3))
+    infix = "scale" if quant is QuantScheme.NVFP4 else "scales"
+    ours = prepared(weights, spec).arguments
+    up, gates = ours[f"output1_{infix}_scalar"], ours[f"output1_{infix}_gate_scalar"]
+    scale = weights.scale13 if quant is QuantScheme.FP8_TENSOR else weights.global13
+    assert up is not None and gates is not None and scale is not None
+    assert not torch.equal(scale[:, 0], scale[:, 1])
+    expected = scale.amax(1, keepdim=True).expand(-1, 2) if tied else scale
+    torch.testing.assert_close(up, expected[:, 0])
+    torch.testing.assert_close(gates, expected[:, 1])
