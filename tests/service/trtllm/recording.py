@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tests.service.trtllm.flashinfer_cpu import enums, fused_moe
 from torch import Tensor
 
 ANSWER = 3.0
@@ -16,24 +15,22 @@ LISTS = ("fp4", "mxint4")
 
 
 class Recording:
-    """FlashInfer's names; calls bind to the installed signatures, by keyword only."""
+    """FlashInfer's names; calls bind to the signatures of the real one, by keyword only."""
 
-    def __init__(self) -> None:
+    def __init__(self, real: Any) -> None:
         self.calls: list[dict[str, Any]] = []
         self.in_place = True
+        self._real = real
 
     @property
     def last(self) -> dict[str, Any]:
         return self.calls[-1]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("trtllm_"):
-            return self._entry(name)
-        return getattr(enums, name)
+        found = getattr(self._real, name)
+        return self._entry(name, inspect.signature(found)) if name.startswith("trtllm_") else found
 
-    def _entry(self, name: str) -> Callable[..., Any]:
-        signature = inspect.signature(getattr(fused_moe, name))
-
+    def _entry(self, name: str, signature: inspect.Signature) -> Callable[..., Any]:
         def entry(**given: Any) -> Tensor | list[Tensor]:
             signature.bind(**given)
             self.calls.append(given)
@@ -49,6 +46,6 @@ class Recording:
         width = given.get("valid_hidden_size") or wide
         out = given.get("output") if self.in_place else None
         if out is None:
-            out = torch.empty(rows.shape[0], width, dtype=torch.bfloat16)
+            out = torch.empty(rows.shape[0], width, dtype=torch.bfloat16, device=rows.device)
         out.fill_(ANSWER)
         return out
