@@ -43,7 +43,8 @@ format: .venv/.installed ## let ruff rewrite the code
 proto: ## regenerate the protobuf code (own .venv-proto)
 	PYTHON=$(PYTHON) tools/proto
 
-bench: .venv/.installed ## CPU benchmarks of the transport
+bench: .venv/.installed ## benchmarks of the way there and back, on CPU
+	$(BIN)/python -m tests.bench.admission
 	$(BIN)/python -m tests.bench.grpc_servers
 	$(BIN)/python -m tests.bench.rpc_cpu
 

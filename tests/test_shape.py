@@ -28,7 +28,7 @@ ROOMS = (
     ("engine",),
     ("metrics",),
     ("transport",),
-    ("preflight", "sources", "steward", "app", "cli"),
+    ("preflight", "simulate", "sources", "steward", "app", "cli"),
 )
 """A room imports from its own row and from those above."""
 

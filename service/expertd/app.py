@@ -27,6 +27,7 @@ from expertd.metrics import Metrics
 from expertd.preflight import LOOPBACK, tls_files
 from expertd.proof.prover import Prover
 from expertd.proof.store import ProofStore
+from expertd.simulate import simulate
 from expertd.sources import check_source, model_sources
 from expertd.steward import Steward
 from expertd.transport.admin import AdminService
@@ -61,7 +62,7 @@ class App:
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self.settings = settings
         self._stop = stop
-        self._device = detect(settings.device)
+        self._device = _device(settings)
         torch_device = _torch_device(self._device)
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
         self.residents = Residents()
@@ -69,7 +70,7 @@ class App:
         self.metrics.cells(self._count_cells)
         self.engine = Engine(self.residents, torch_device, _options(settings), self.metrics)
         self._prover = Prover(ProofStore(cache_directory(), self._device), self._device)
-        trust = Trust(settings.trust == "declared", settings.exact_routing)
+        trust = Trust(_trusts_declared(settings), settings.exact_routing)
         self.loader = Loader(self.residents, self._device, torch_device, self._prover, trust)
         check = partial(check_source, settings)
         self.steward = Steward(self.loader, self.residents, check, stop.set)
@@ -163,6 +164,15 @@ def build_info(device: DeviceInfo) -> dict[str, str]:
         "flashinfer": device.flashinfer or "",
         "device": device.name,
     }
+
+
+def _device(settings: Settings) -> DeviceInfo:
+    return simulate(settings.simulate) if settings.simulate else detect(settings.device)
+
+
+def _trusts_declared(settings: Settings) -> bool:
+    """A twin proves nothing about a card, so a simulation serves what is declared."""
+    return settings.trust == "declared" or settings.simulate is not None
 
 
 def _guard(settings: Settings) -> Guard:

@@ -112,6 +112,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("layers", parse_ranges, None, "load only these layers of each model", "3-10,12"),
     Setting("experts", parse_range, None, "load only these experts of each layer", "0-63"),
     Setting("device", str, "auto", "where the experts run", "auto|cpu|cuda:N"),
+    Setting("simulate", one_of("sm100"), None, "a stand-in for a card, for demos", "sm100"),
+    Setting("testing", parse_flag, False, "allow what only tests need"),
     Setting("backend", str, "auto", "run every call on this backend", "auto|NAME"),
     Setting("trust", one_of("proven", "declared"), "proven", "plans to use", "proven|declared"),
     Setting("exact_routing", parse_flag, False, "never let a kernel route by itself"),
@@ -153,6 +155,8 @@ class Settings:
     layers: Ranges | None
     experts: tuple[int, int] | None
     device: str
+    simulate: str | None
+    testing: bool
     backend: str
     trust: str
     exact_routing: bool

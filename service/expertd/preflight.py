@@ -14,8 +14,23 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def check_settings(settings: Settings) -> None:
     """Raises InvalidArgument for settings that cannot be served together."""
-    for check in (_check_host, _check_backend, _check_models, _check_ingress, _check_tls):
+    for check in (
+        _check_simulate,
+        _check_host,
+        _check_backend,
+        _check_models,
+        _check_ingress,
+        _check_tls,
+    ):
         check(settings)
+
+
+def _check_simulate(settings: Settings) -> None:
+    """Nobody must take a simulation for a server."""
+    if settings.simulate and not (settings.demo or settings.testing):
+        raise InvalidArgument(
+            f"--simulate {settings.simulate}: it is for --demo, and for tests (EXPERTD_TESTING=1)"
+        )
 
 
 def _check_host(settings: Settings) -> None:
@@ -67,3 +82,13 @@ def tls_files(settings: Settings) -> TlsFiles | None:
         return None
     ca = Path(settings.tls_client_ca) if settings.tls_client_ca else None
     return TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), ca)
+
+
+_CHECKS = (
+    _check_simulate,
+    _check_host,
+    _check_backend,
+    _check_models,
+    _check_ingress,
+    _check_tls,
+)

@@ -23,6 +23,8 @@ from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.digest import weights_digest
 from expertd.weights.layers import layer_specs
 from expertd.weights.load import load_layer
+from expertd.weights.progress import Meter
+from expertd.weights.storage import layer_bytes
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +100,10 @@ class Loader:
 
     def _load_one(self, checkpoint: Checkpoint, resident: Resident) -> None:
         try:
-            resident.weights, resident.bias = load_layer(
-                checkpoint, resident.layer, resident.spec, self._torch_device
-            )
+            with Meter(resident.name, layer_bytes(resident.spec)) as meter:
+                resident.weights, resident.bias = load_layer(
+                    checkpoint, resident.layer, resident.spec, self._torch_device, progress=meter
+                )
             resident.digest = weights_digest(resident.weights, resident.bias)
             self._build_backends(resident)
         except ExpertdError as error:

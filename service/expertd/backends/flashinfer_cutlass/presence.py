@@ -26,6 +26,9 @@ H20_MODULE = "fused_moe_90_h20_prebuilt_d"
 
 def missing(device: torch.device) -> Iterator[str]:
     """What has to be built before the first call, with what to do."""
+    if device.type != "cuda":
+        yield "it runs on an NVIDIA card only: start with --device cuda:0"
+        return
     may_build = not os.environ.get("FLASHINFER_DISABLE_JIT")
     name = module_name(
         torch.cuda.get_device_capability(device),

@@ -98,6 +98,8 @@ PER_CHANNEL = replace(
     activation_quant="fp8_token",
     activations=PLAIN | RELU2,
     load="expertd.backends.flashinfer_trtllm.backend:Fp8PerChannel",
+    # With weights on the input its first GEMM reads the token scales in their place: they are lost.
+    weight_sites=("output",),
     # This entry alone has no output argument in any version: its result is copied once.
     call=KernelCall(
         "trtllm_fp8_per_channel_scale_moe",
