@@ -31,8 +31,8 @@ def choose(queue: Sequence[W], max_batch_tokens: int) -> list[W]:
     The first of the queue by (priority, age) leads; calls of its key join it, in the same order,
     as long as all fit in max_batch_tokens. A call larger than that runs alone.
     """
-    if not queue:
-        return []
+    if len(queue) <= 1:
+        return list(queue)
     ordered = sorted(queue, key=lambda waiting: (-waiting.priority, waiting.arrived_ns))
     lead, tokens = ordered[0], 0
     batch: list[W] = []

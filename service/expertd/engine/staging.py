@@ -46,8 +46,15 @@ class StagingBuffer:
             self._memory[begin : begin + tensor.nbytes] = tensor.data
             begin += tensor.nbytes
         rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
-        host = self._views[tensors[0].dtype].as_strided((rows, columns), (columns, 1))
+        host = self._view(tensors[0].dtype, rows, columns)
         return host if self._here else host.to(self._device, non_blocking=True)
+
+    def _view(self, dtype: str, rows: int, columns: int) -> Tensor:
+        """The buffer's beginning as [rows, columns]; the last view of each dtype is kept."""
+        view = self._views[dtype]
+        if view.shape != (rows, columns):
+            view = self._views[dtype] = view.as_strided((rows, columns), (columns, 1))
+        return view
 
     def _allocate(self, size: int) -> None:
         pinned = self._device.type == "cuda"
