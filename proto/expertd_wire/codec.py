@@ -31,11 +31,15 @@ Values = dict[str, Any]
 Part = bytes | memoryview
 
 
+Write = Callable[[list[Part], bytes, str, Any], None]
+
+
 class Kind(NamedTuple):
     """How a field's value enters the values of a message, per wire type, and how it is written."""
 
     put: dict[int, Callable[[Values, str, Any], None]]
-    write: Callable[[list[Part], int, str, Any], None]
+    wire: int
+    write: Write
 
 
 def decode_forward_call(data: bytes) -> ForwardCall:
@@ -50,12 +54,12 @@ def decode_forward_reply(data: bytes) -> ForwardReply:
 
 def encode_forward_call(call: ForwardCall) -> bytes:
     """The bytes of a ForwardRequest; raises WireError for a value that cannot travel."""
-    return _encode(call, _CALL_ROWS)
+    return _encode(call, _CALL_WRITERS)
 
 
 def encode_forward_reply(reply: ForwardReply) -> bytes:
     """The bytes of a ForwardReply; raises WireError for a value that cannot travel."""
-    return _encode(reply, _REPLY_ROWS)
+    return _encode(reply, _REPLY_WRITERS)
 
 
 def _decode(data: bytes, fields: Fields) -> Values:
@@ -151,62 +155,63 @@ def _put_packed(values: Values, name: str, value: memoryview) -> None:
         _put_one(values, name, item)
 
 
-def _encode(message: ForwardCall | ForwardReply, rows: Rows) -> bytes:
+def _encode(message: ForwardCall | ForwardReply, writers: Writers) -> bytes:
     parts: list[Part] = []
-    for number, name, kind in rows:
+    for key, name, write in writers:
         value = getattr(message, name)
         if value:
-            kind.write(parts, number, name, value)
+            write(parts, key, name, value)
     return b"".join(parts)
 
 
-def _write_text(parts: list[Part], number: int, name: str, value: str) -> None:
+def _write_text(parts: list[Part], key: bytes, name: str, value: str) -> None:
     try:
-        _write_bytes(parts, number, name, value.encode())
+        _write_bytes(parts, key, name, value.encode())
     except UnicodeEncodeError:
         raise WireError(f"{name}: {value!r:.60} is not text that UTF-8 can carry") from None
 
 
-def _write_bytes(parts: list[Part], number: int, name: str, value: Part) -> None:
-    parts += (varint(number << 3 | LEN), varint(len(value)), value)
+def _write_bytes(parts: list[Part], key: bytes, name: str, value: Part) -> None:
+    parts += (key, varint(len(value)), value)
 
 
-def _write_int32(parts: list[Part], number: int, name: str, value: int) -> None:
-    _write_int(parts, number, name, value, 32)
+def _write_int32(parts: list[Part], key: bytes, name: str, value: int) -> None:
+    _write_int(parts, key, name, value, 32)
 
 
-def _write_int64(parts: list[Part], number: int, name: str, value: int) -> None:
-    _write_int(parts, number, name, value, 64)
+def _write_int64(parts: list[Part], key: bytes, name: str, value: int) -> None:
+    _write_int(parts, key, name, value, 64)
 
 
-def _write_int(parts: list[Part], number: int, name: str, value: int, bits: int) -> None:
+def _write_int(parts: list[Part], key: bytes, name: str, value: int, bits: int) -> None:
     limit = 1 << (bits - 1)
     if not -limit <= value < limit:
         raise WireError(f"{name}: {value!r:.60} does not fit into int{bits}")
-    parts += (varint(number << 3 | VARINT), varint(value))
+    parts += (key, varint(value))
 
 
-def _write_packed(parts: list[Part], number: int, name: str, value: tuple[int, ...]) -> None:
-    _write_bytes(parts, number, name, b"".join(map(varint, value)))
+def _write_packed(parts: list[Part], key: bytes, name: str, value: tuple[int, ...]) -> None:
+    _write_bytes(parts, key, name, b"".join(map(varint, value)))
 
 
-def _write_tensor(parts: list[Part], number: int, name: str, value: WireTensor) -> None:
+def _write_tensor(parts: list[Part], key: bytes, name: str, value: WireTensor) -> None:
     inner: list[Part] = []
-    for row_number, row_name, kind in _TENSOR_ROWS:
-        kind.write(inner, row_number, row_name, getattr(value, row_name))
-    parts += (varint(number << 3 | LEN), varint(sum(map(len, inner))), *inner)
+    for inner_key, inner_name, write in _TENSOR_WRITERS:
+        write(inner, inner_key, inner_name, getattr(value, inner_name))
+    parts += (key, varint(sum(map(len, inner))), *inner)
 
 
-TEXT = Kind({LEN: _put_text}, _write_text)
-INT32 = Kind({VARINT: _put_int32}, _write_int32)
-INT64 = Kind({VARINT: _put_int64}, _write_int64)
-BOOL = Kind({VARINT: _put_bool}, _write_int32)
-BYTES = Kind({LEN: _put_bytes}, _write_bytes)
-MESSAGE = Kind({LEN: _put_message}, _write_bytes)
-TENSOR = Kind({LEN: _put_tensor}, _write_tensor)
-INT64S = Kind({LEN: _put_packed, VARINT: _put_one}, _write_packed)
+TEXT = Kind({LEN: _put_text}, LEN, _write_text)
+INT32 = Kind({VARINT: _put_int32}, VARINT, _write_int32)
+INT64 = Kind({VARINT: _put_int64}, VARINT, _write_int64)
+BOOL = Kind({VARINT: _put_bool}, VARINT, _write_int32)
+BYTES = Kind({LEN: _put_bytes}, LEN, _write_bytes)
+MESSAGE = Kind({LEN: _put_message}, LEN, _write_bytes)
+TENSOR = Kind({LEN: _put_tensor}, LEN, _write_tensor)
+INT64S = Kind({LEN: _put_packed, VARINT: _put_one}, LEN, _write_packed)
 
 Rows = tuple[tuple[int, str, Kind], ...]
+Writers = tuple[tuple[bytes, str, Write], ...]
 Fields = dict[int, tuple[str, Callable[[Values, str, Any], None]]]
 
 _TENSOR_ROWS: Rows = (
@@ -252,6 +257,15 @@ def _by_tag(rows: Rows) -> Fields:
         for wire, put in kind.put.items()
     }
 
+
+def _writers(rows: Rows) -> Writers:
+    """Each row with its key, the varint of its number and wire type."""
+    return tuple((varint(number << 3 | kind.wire), name, kind.write) for number, name, kind in rows)
+
+
+_TENSOR_WRITERS = _writers(_TENSOR_ROWS)
+_CALL_WRITERS = _writers(_CALL_ROWS)
+_REPLY_WRITERS = _writers(_REPLY_ROWS)
 
 _TENSOR = _by_tag(_TENSOR_ROWS)
 _CALL = _by_tag(_CALL_ROWS)

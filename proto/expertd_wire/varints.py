@@ -20,6 +20,8 @@ def read_varint(view: memoryview, pos: int, end: int) -> tuple[int, int]:
     """The unsigned 64-bit varint at pos and the position after it; raises Malformed."""
     if pos < end and (first := view[pos]) < 0x80:
         return first, pos + 1
+    if pos + 1 < end and (second := view[pos + 1]) < 0x80:
+        return first & 0x7F | second << 7, pos + 2
     value = shift = 0
     for at in range(pos, min(end, pos + _MAX_VARINT)):
         byte = view[at]
@@ -91,8 +93,8 @@ def signed64(value: int) -> int:
 
 def varint(value: int) -> bytes:
     """The shortest varint of value; negatives take ten bytes, as protobuf has it."""
-    if 0 <= value < 0x80:
-        return _ONE_BYTE[value]
+    if 0 <= value < 0x4000:  # nearly always: tags, lengths and sizes
+        return _ONE_BYTE[value] if value < 0x80 else bytes((value & 0x7F | 0x80, value >> 7))
     value &= _MASK64
     groups = bytearray()
     while value >= 0x80:
