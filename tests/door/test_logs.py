@@ -34,6 +34,8 @@ def test_the_log_is_json_with_request_ids_and_nobodys_data(home: Path) -> None:
         assert server.process.wait(MINUTE) == 0
         log = server.log.read_text()
     lines = [json.loads(line) for line in log.splitlines()]
+    assert any("loading" in line for line in lines), "a load's progress is JSON too"
+    lines = [line for line in lines if "loading" not in line]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
     failed = {line["request_id"]: line for line in lines if line.get("request_id")}
     for name, code in EXPECTED.items():
