@@ -236,7 +236,8 @@ def test_slow_headers_are_cut_off(server: Server) -> None:
         assert connections[2].recv(4096).startswith(b"HTTP/1.1 200")
         connections[2].sendall(b"GET /he")
         told = [read_to_end(connection) for connection in connections]  # ends: none times out
-    assert told == [b"", b"", b""]
+    # The rest of the first answer may come after its head.
+    assert told[:2] == [b"", b""] and told[2] in (b"", b'{"healthy":true}')
 
 
 @pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nX: ", b"GET / HTTP/1.1\r\nX"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tests.e2e.servers import Server, serving
 
+from expertd.weights.demo import write_demo
 from expertd.weights.writer import write_json, write_shards
 from expertd_client import Client
 
@@ -55,9 +56,10 @@ def anonymous_bytes(server: Server) -> int:
 
 
 @pytest.mark.slow
-def test_memory_is_the_weights_and_little_else(home: Path, deep: Path) -> None:
-    path = home / "large"
-    write_checkpoint(path, next((home / "cache" / "expertd").glob("demo-*"), deep))
+def test_memory_is_the_weights_and_little_else(home: Path, tmp_path: Path) -> None:
+    small, path = tmp_path / "small", tmp_path / "large"
+    write_demo(small, quant="bf16")
+    write_checkpoint(path, small)
     with serving(home, "--identity", "echo=64") as server:
         empty = anonymous_bytes(server)
     with serving(home, "--model", f"large={path}") as server:

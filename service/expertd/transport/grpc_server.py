@@ -88,7 +88,6 @@ def _options(limits: GrpcLimits) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", most),
         ("grpc.max_metadata_size", limits.max_header_bytes),
         ("grpc.absolute_max_metadata_size", limits.max_header_bytes),
-        ("grpc.max_concurrent_streams", limits.max_concurrent_calls),
         # Two servers on one port would share its callers without a word.
         ("grpc.so_reuseport", 0),
     ]
