@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -20,9 +21,9 @@ class TorchExperts(Backend):
 
     weights: ExpertWeights
 
+    @abstractmethod
     def compute_dtype(self, rows: Tensor) -> torch.dtype:
         """The dtype of the GEMMs for these rows."""
-        raise NotImplementedError
 
     def _prepare_weights(self, weights: ExpertWeights | None, bias: Tensor | None) -> None:
         assert weights is not None
