@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from expertd.engine.loader import Loader, ModelSource
 from expertd.engine.resident import LayerState, Resident, Residents
-from expertd.errors import FailedPrecondition, NotFound
+from expertd.errors import FailedPrecondition, InvalidArgument, NotFound
 
 Job = tuple[ModelSource, list[Resident]]
 
@@ -35,8 +35,15 @@ class Steward:
         """Announces every model, then loads them in the background; raises what is wrong."""
         self._sources = {source.name: source for source in sources}
         for source in sources:
-            self._jobs.put((source, self._loader.announce(source)))
+            self._jobs.put((source, self._announce(source)))
         threading.Thread(target=self._work, name="loader", daemon=True).start()
+
+    def _announce(self, source: ModelSource) -> list[Resident]:
+        """A layer that is not there was named by the operator's own flag."""
+        try:
+            return self._loader.announce(source)
+        except NotFound as missing:
+            raise InvalidArgument(f"--layers of model {source.name}: {missing}") from None
 
     def load(self, model: str, layers: list[int]) -> list[Resident]:
         """Begins to load layers of a configured model, all of its layers when none are named."""

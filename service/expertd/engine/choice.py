@@ -5,7 +5,7 @@ from __future__ import annotations
 from expertd.backends.base import Backend
 from expertd.capability.plan import Plan, PlanSet, plan
 from expertd.core import CallForm, RoutingForm
-from expertd.engine.resident import Resident
+from expertd.engine.resident import LayerState, Resident
 from expertd.errors import NoUsablePlan
 
 
@@ -23,6 +23,8 @@ def choose_backend(resident: Resident, form: CallForm) -> Backend:
 
 def likely_plans(resident: Resident) -> tuple[Plan, ...]:
     """The plans of the commonest call of a layer: bfloat16 rows with float32 logits, or top-k."""
+    if resident.state is LayerState.FAILED:
+        return ()
     if resident.spec.routing is None:
         form = CallForm(RoutingForm.TOPK, "bfloat16", weights_dtype="float32", top_k=1)
     else:

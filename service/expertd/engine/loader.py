@@ -21,7 +21,7 @@ from expertd.proof.prover import Prover
 from expertd.proof.selfcheck import self_check
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.digest import weights_digest
-from expertd.weights.layers import layer_specs
+from expertd.weights.layers import survey
 from expertd.weights.load import load_layer
 from expertd.weights.progress import Meter
 from expertd.weights.storage import layer_bytes
@@ -66,19 +66,23 @@ class Loader:
         self._residents.add(resident)
 
     def announce(self, source: ModelSource) -> list[Resident]:
-        """Opens a checkpoint and makes its layers known; raises what is wrong with it."""
+        """Opens a checkpoint and makes its layers known; raises what is wrong with all of them."""
         self._residents.add_model(source.name)
-        checkpoint = Checkpoint.open(source.path)
-        specs = layer_specs(checkpoint, source.layers, source.experts)
-        found = [self._renewed(source.name, number, spec) for number, spec in specs.items()]
+        checkpoint = Checkpoint.open(source.path, skip_broken=True)
+        told = survey(checkpoint, source.layers, source.experts)
+        if told.refused and not told.specs:
+            raise next(iter(told.refused.values()))
+        found = [self._renewed(source.name, number, spec) for number, spec in told.specs.items()]
+        found += [self._refused(source.name, number, why) for number, why in told.refused.items()]
         for resident in found:
             self._residents.add(resident)
         return found
 
     def load(self, source: ModelSource, residents: list[Resident]) -> None:
-        """Loads announced layers one after the other."""
+        """Loads announced layers one after the other, but for those that have failed already."""
+        residents = [resident for resident in residents if resident.state is LayerState.LOADING]
         try:
-            checkpoint = Checkpoint.open(source.path)
+            checkpoint = Checkpoint.open(source.path, skip_broken=True)
         except ExpertdError as error:
             for resident in residents:
                 self._fail(resident, str(error))
@@ -97,6 +101,12 @@ class Loader:
         before = self._residents.find(model, layer)
         generation = before.generation if before else 0
         return Resident(model, layer, spec, self._device, generation=generation, trust=self._trust)
+
+    def _refused(self, model: str, layer: int, why: ExpertdError) -> Resident:
+        """A layer that has failed before anything of it could be told."""
+        resident = self._renewed(model, layer, identity_spec(hidden=0))
+        self._fail(resident, str(why))
+        return resident
 
     def _load_one(self, checkpoint: Checkpoint, resident: Resident) -> None:
         try:

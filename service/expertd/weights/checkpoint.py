@@ -41,27 +41,42 @@ TORCH_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The config and the tensors of a directory; nothing of the weights is in memory."""
+    """The config and the tensors of a directory; nothing of the weights is in memory.
+
+    broken: the tensors that the index promises and its files do not hold soundly, and why.
+    """
 
     root: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorEntry]
+    broken: Mapping[str, str]
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, *, skip_broken: bool = False) -> Checkpoint:
         """Read config.json, the index and every header; raises InvalidArgument when path is no
-        directory, FailedPrecondition when a file is missing, broken or outside of it."""
+        directory, FailedPrecondition when a file is missing, broken or outside of it.
+
+        skip_broken: a shard like that takes only its own tensors away; they are in `broken` then.
+        """
         root = Path(path).resolve()
         if not root.is_dir():
             raise InvalidArgument(f"{path}: is not a directory; give the folder of config.json")
-        return cls(root, read_json(root, "config.json"), MappingProxyType(_entries(root)))
+        config = read_json(root, "config.json")
+        entries, broken = _entries(root)
+        if broken and not skip_broken:
+            raise FailedPrecondition(next(iter(broken.values())))
+        return cls(root, config, MappingProxyType(entries), MappingProxyType(broken))
 
     def entry(self, name: str) -> TensorEntry:
         """Where a tensor lies; raises FailedPrecondition naming what is missing."""
         entry = self.tensors.get(name)
         if entry is None:
-            raise FailedPrecondition(f"{self.root}: tensor {name!r} is missing")
+            raise FailedPrecondition(self.absence(name))
         return entry
+
+    def absence(self, name: str) -> str:
+        """Why a tensor is not there."""
+        return self.broken.get(name) or f"{self.root}: tensor {name!r} is missing"
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
         """Rows [begin, end) of a tensor's first dimension, freshly read; a scalar has no rows."""
@@ -104,16 +119,22 @@ def _span(
     return (stop - begin, *entry.shape[1:]), begin * row, (stop - begin) * row
 
 
-def _entries(root: Path) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint; raises FailedPrecondition where index and files disagree."""
+def _entries(root: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Every sound tensor, and the promised ones that are not; raises without an index to tell."""
     entries: dict[str, TensorEntry] = {}
+    broken: dict[str, str] = {}
     for file, promised in weight_files(root).items():
-        shard = inspect_shard(root, file)
-        held = read_header(shard)
+        try:
+            shard = inspect_shard(root, file)
+            held = read_header(shard)
+        except FailedPrecondition as error:
+            if promised is None:
+                raise
+            broken |= dict.fromkeys(promised, str(error))
+            continue
         for name in held if promised is None else promised:
-            if name not in held:
-                raise FailedPrecondition(
-                    f"{shard.path}: tensor {name!r} is missing; the index says it is in this file"
-                )
-            entries[name] = held[name]
-    return entries
+            if name in held:
+                entries[name] = held[name]
+            else:
+                broken[name] = f"{shard.path}: tensor {name!r} is missing; the index has it there"
+    return entries, broken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from expertd.core import LayerSpec
@@ -65,14 +66,44 @@ def layer_specs(
     experts [begin, end) limits what is held. Raises NotFound for a layer without routed experts,
     InvalidArgument for a range outside the model, FailedPrecondition for what is not supported.
     """
+    found = survey(checkpoint, layers, experts)
+    for refusal in found.refused.values():
+        raise refusal
+    return found.specs
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What each layer is, or why that cannot be told."""
+
+    specs: dict[int, LayerSpec]
+    refused: dict[int, FailedPrecondition]
+
+
+def survey(
+    checkpoint: Checkpoint,
+    layers: Collection[int] | None = None,
+    experts: tuple[int, int] | None = None,
+) -> Survey:
+    """The layers that layer_specs has; one that is not supported leaves the others alone.
+
+    Raises NotFound and InvalidArgument as layer_specs does, FailedPrecondition only for what is
+    wrong with the whole checkpoint.
+    """
     model = Model.of(checkpoint)
-    wanted = _own_layers(model) if layers is None else sorted(layers)
-    return {layer: layer_spec(model, layer, experts) for layer in wanted}
+    found = Survey({}, {})
+    for layer in _own_layers(model) if layers is None else sorted(layers):
+        try:
+            found.specs[layer] = layer_spec(model, layer, experts)
+        except FailedPrecondition as refusal:
+            found.refused[layer] = refusal
+    return found
 
 
 def layer_spec(model: Model, layer: int, experts: tuple[int, int] | None = None) -> LayerSpec:
     """What one layer is; raises as layer_specs does."""
     family, config = model.family, model.config
+    _check_whole(model, layer)
     count = positive(family.experts, config, layer)
     begin, end = (0, count) if experts is None else experts
     if not 0 <= begin < end <= count:
@@ -90,6 +121,14 @@ def layer_spec(model: Model, layer: int, experts: tuple[int, int] | None = None)
         expert_bias=family.expert_bias,
         routing_refusal=refusal,
     )
+
+
+def _check_whole(model: Model, layer: int) -> None:
+    """Raises FailedPrecondition if a file that holds tensors of the layer is broken."""
+    prefix = model.prefix(layer)
+    for name, why in model.checkpoint.broken.items():
+        if name.startswith(prefix):
+            raise FailedPrecondition(why)
 
 
 def _routing(model: Model, layer: int) -> tuple[RoutingSpec | None, str | None]:
@@ -170,7 +209,7 @@ def _own_layers(model: Model) -> list[int]:
 def _prefixes(checkpoint: Checkpoint, family: Family) -> dict[int, str]:
     prefixes: dict[int, str] = {}
     patterns = [layout.finds() for layout in family.layouts]
-    for name in checkpoint.tensors:
+    for name in chain(checkpoint.tensors, checkpoint.broken):
         found = next((m for p in patterns if (m := p.match(name))), None)
         if found is None:
             continue

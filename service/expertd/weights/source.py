@@ -119,7 +119,7 @@ class _Finder:
     def _check(self, name: str, part: Part, n: int, k: int) -> None:
         entry = self.checkpoint.tensors.get(name)
         if entry is None:
-            raise _Mismatch(f"{self.checkpoint.root}: tensor {name!r} is missing", self.found)
+            raise _Mismatch(self.checkpoint.absence(name), self.found)
         self.found += 1
         if entry.dtype not in part.dtypes:
             expected = " or ".join(part.dtypes)
