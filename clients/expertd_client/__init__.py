@@ -17,11 +17,13 @@ from expertd_client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from expertd_client.pool import ExpertPool, PoolReply
 
 __all__ = [
     "AsyncClient",
     "Client",
     "DeadlineExceeded",
+    "ExpertPool",
     "ExpertdError",
     "ExpertsNotHeld",
     "ExpertsUnavailable",
@@ -31,6 +33,7 @@ __all__ = [
     "NotFound",
     "Overloaded",
     "PermissionDenied",
+    "PoolReply",
     "Reply",
     "Unauthenticated",
     "Unavailable",
