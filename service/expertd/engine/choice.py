@@ -1,30 +1,47 @@
-"""Which of a layer's backends runs a call of some form."""
+"""Which of a layer's backends runs a batch of some form and size."""
 
 from __future__ import annotations
 
 from expertd.backends.base import Backend
 from expertd.capability.plan import Plan, PlanSet, plan
+from expertd.capability.row import Cell
 from expertd.core import CallForm, RoutingForm
-from expertd.engine.resident import LayerState, Resident
+from expertd.core.buckets import bucket_index
+from expertd.engine.resident import Resident
 from expertd.errors import NoUsablePlan
 
 
-def choose_backend(resident: Resident, form: CallForm) -> Backend:
-    """The first usable plan's backend; raises NoUsablePlan with every reason, InvalidArgument."""
-    plans = plans_of(resident, form)
-    for usable in plans.usable:
-        backend = resident.backends.get(usable.row.cell(resident.spec.quant))
-        if backend is not None:
-            return backend
-    raise NoUsablePlan(
-        f"no backend can run this call on layer {resident.name}; see the reasons", plans.refusals
-    )
+def choose_backend(resident: Resident, form: CallForm, tokens: int = 1) -> Backend:
+    """The backend of the fastest usable plan for so many tokens, as far as it was measured.
+
+    Raises NoUsablePlan with every reason, InvalidArgument.
+    """
+    cells = resident.choices.get(form) or _choices(resident, form)
+    chosen = cells[min(bucket_index(tokens), len(cells) - 1)] if cells else None
+    backend = resident.backends.get(chosen) if chosen else None
+    if backend is None:
+        raise NoUsablePlan(
+            f"no backend can run this call on layer {resident.name}; see the reasons",
+            plans_of(resident, form).refusals,
+        )
+    return backend
+
+
+def _choices(resident: Resident, form: CallForm) -> tuple[Cell, ...]:
+    """The plan of each bucket, computed once for each form of call; empty if there is none."""
+    choices = resident.choices
+    usable = (entry.row.cell(resident.spec.quant) for entry in plans_of(resident, form).usable)
+    cells = [cell for cell in usable if cell in resident.backends]
+    if not cells:
+        return ()
+    found = resident.timings.choices(cells, form.routing is RoutingForm.LOGITS)
+    if len(choices) < 1024:
+        choices[form] = found
+    return found
 
 
 def likely_plans(resident: Resident) -> tuple[Plan, ...]:
     """The plans of the commonest call of a layer: bfloat16 rows with float32 logits, or top-k."""
-    if resident.state is LayerState.FAILED:
-        return ()
     if resident.spec.routing is None:
         form = CallForm(RoutingForm.TOPK, "bfloat16", weights_dtype="float32", top_k=1)
     else:
@@ -34,7 +51,8 @@ def likely_plans(resident: Resident) -> tuple[Plan, ...]:
 
 def plans_of(resident: Resident, form: CallForm) -> PlanSet:
     """The planner's answer, computed once for each form of call."""
-    found = resident.plans.get(form)
+    plans = resident.plans
+    found = plans.get(form)
     if found is None:
         found = plan(
             resident.spec,
@@ -44,6 +62,6 @@ def plans_of(resident: Resident, form: CallForm) -> PlanSet:
             trust_declared=resident.trust.declared,
             exact_routing=resident.trust.exact_routing,
         )
-        if len(resident.plans) < 1024:
-            resident.plans[form] = found
+        if len(plans) < 1024:
+            plans[form] = found
     return found

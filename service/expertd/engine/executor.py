@@ -59,7 +59,8 @@ class Executor:
     def _run_batch(self, tickets: list[Ticket]) -> None:
         self._running = tickets
         try:
-            backend = choose_backend(tickets[0].resident, tickets[0].form)
+            tokens = sum(ticket.tokens for ticket in tickets)
+            backend = choose_backend(tickets[0].resident, tickets[0].form, tokens)
             answers, report = launch(self._staging, backend, tickets)
         except ExpertdError as error:
             _fail(tickets, error)

@@ -16,6 +16,7 @@ from expertd.capability.row import Row
 from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
 from expertd.engine.resident import LayerState, Resident, Residents, Trust
+from expertd.engine.timings import Timings
 from expertd.errors import ExpertdError, NoUsablePlan
 from expertd.proof.prover import Prover
 from expertd.proof.selfcheck import self_check
@@ -132,7 +133,8 @@ class Loader:
         log.error("layer %s failed: %s", resident.name, why)
 
     def _forget(self, resident: Resident) -> None:
-        resident.weights, resident.bias, resident.backends, resident.plans = None, None, {}, {}
+        resident.weights, resident.bias, resident.backends = None, None, {}
+        resident.judged(resident.states, Timings())
 
     def _build_backends(self, resident: Resident) -> None:
         """Every backend whose row accepts the layer on this device, proven and checked."""
@@ -145,7 +147,7 @@ class Loader:
                 )
             except NoUsablePlan as refused:
                 log.warning("layer %s: %s", resident.name, refused)
-        resident.states = self._prover.states(resident.backends)
+        resident.judged(self._prover.states(resident.backends), Timings())
         self._self_check(resident)
 
     def _self_check(self, resident: Resident) -> None:

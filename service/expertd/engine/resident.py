@@ -14,6 +14,7 @@ from expertd.capability.device import DeviceInfo
 from expertd.capability.plan import PlanSet
 from expertd.capability.row import Cell, State
 from expertd.core import CallForm, LayerSpec
+from expertd.engine.timings import Timings
 from expertd.errors import LayerFailed, NotFound, Unavailable
 from expertd.weights.canonical import ExpertWeights
 
@@ -53,6 +54,8 @@ class Resident:
     backends: dict[Cell, Backend] = field(default_factory=dict)
     states: dict[Cell, State] = field(default_factory=dict)
     plans: dict[CallForm, PlanSet] = field(default_factory=dict)
+    choices: dict[CallForm, tuple[Cell, ...]] = field(default_factory=dict)
+    timings: Timings = Timings()
     trust: Trust = Trust()
     queued_tokens: int = 0
     serial: int = field(default_factory=lambda: next(_serials))
@@ -60,6 +63,11 @@ class Resident:
     @property
     def name(self) -> str:
         return f"{self.model}/{self.layer}"
+
+    def judged(self, states: dict[Cell, State], timings: Timings) -> None:
+        """Takes what is known of its plans now; what was planned before is forgotten."""
+        self.states, self.timings = states, timings
+        self.plans, self.choices = {}, {}
 
     @property
     def nbytes(self) -> int:
