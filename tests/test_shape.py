@@ -39,7 +39,10 @@ CLIENT_USERS = ("cli",)
 WITHOUT_TORCH = (
     *("expertd.config", "expertd.errors", "expertd.routing", "expertd.routing.derive"),
     *("expertd.weights.headers", "expertd.weights.layers", "expertd.cli"),
-    *(f"expertd.cli.{command}" for command in ("call", "capabilities", "explain", "health")),
+    *(
+        f"expertd.cli.{command}"
+        for command in ("call", "capabilities", "explain", "health", "plan")
+    ),
 )
 """What works in an install without torch, besides all of core, capability and the client."""
 
