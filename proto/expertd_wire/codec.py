@@ -106,7 +106,7 @@ def _unknown(tag: int) -> tuple[str, Callable[[Values, str, Any], None]]:
 
 
 def _skip(values: Values, name: str, value: Any) -> None:
-    pass
+    """An unknown field has been read; protobuf wants it forgotten."""
 
 
 def _put_text(values: Values, name: str, value: memoryview) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from expertd.errors import InvalidArgument
+from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -129,7 +130,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("model_root", str, None, "every model's path must lie under this", "DIR"),
     Setting("log", one_of("text", "json"), "text", "how to log", "text|json"),
     Setting("drain_seconds", number(0, 3600, float), 30.0, "how long a drain may take", "SECONDS"),
-    Setting("max_message_bytes", number(1 << 10, 1 << 31), 256 << 20, "largest request", "BYTES"),
+    Setting(
+        "max_message_bytes",
+        number(1 << 10, 1 << 31),
+        DEFAULT_MAX_MESSAGE_BYTES,
+        "largest request",
+        "BYTES",
+    ),
     Setting("max_call_tokens", number(1, 1 << 24), 65536, "most rows of one call", "ROWS"),
     Setting("max_batch_tokens", number(1, 1 << 24), 8192, "most rows of one launch", "ROWS"),
     Setting("max_queued_tokens", number(1, 1 << 30), 65536, "most rows that wait", "ROWS"),

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,9 +64,7 @@ def connect(address: str, timeout: float = 20) -> socket.socket:
 def read_to_end(connection: socket.socket) -> bytes:
     """Everything until the server closes; a reset is an end too."""
     parts = []
-    try:
+    with suppress(ConnectionResetError):
         while part := connection.recv(1 << 16):
             parts.append(part)
-    except ConnectionResetError:
-        pass
     return b"".join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -245,13 +245,10 @@ def test_an_endless_head_is_cut_off(server: Server, start: bytes) -> None:
     sent = 0
     with connect(server.http) as connection:
         connection.sendall(start)
-        try:
+        with suppress(ConnectionError):  # being cut off is what this waits for
             while sent < 64 * MIB:
                 sent += connection.send(b"x" * 4096)
-        except ConnectionError:
-            pass
         assert sent < 16 * MIB
-        assert read_to_end(connection) in (b"",) or sent
 
 
 def test_a_slow_body_has_its_deadline(server: Server) -> None:
