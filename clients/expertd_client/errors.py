@@ -20,17 +20,27 @@ from expertd_wire.errors import Refusal
 
 
 class ExpertdError(Exception):
-    """An unanswered call: .reason in UPPER_SNAKE, .reasons with one Refusal per plan left out."""
+    """An unanswered call: .reason in UPPER_SNAKE, .reasons with one Refusal per plan left out.
+
+    .retry_seconds is when the server expects to have room again; None if it did not say.
+    """
 
     reason: str = "INTERNAL"
     reasons: tuple[Refusal, ...] = ()
+    retry_seconds: float | None = None
 
     def __init__(
-        self, message: str, *, reason: str = "", reasons: tuple[Refusal, ...] = ()
+        self,
+        message: str,
+        *,
+        reason: str = "",
+        reasons: tuple[Refusal, ...] = (),
+        retry_seconds: float | None = None,
     ) -> None:
         super().__init__(message)
         self.reason = reason or type(self).reason
         self.reasons = reasons
+        self.retry_seconds = retry_seconds
 
     def __str__(self) -> str:
         message = str(self.args[0])
@@ -98,11 +108,17 @@ _CLASSES: dict[str, type[ExpertdError]] = {
 
 
 def error_for(
-    code: str, reason: str, message: str, reasons: tuple[Refusal, ...] = ()
+    code: str,
+    reason: str,
+    message: str,
+    reasons: tuple[Refusal, ...] = (),
+    retry_seconds: float | None = None,
 ) -> ExpertdError:
     """The error of a gRPC code name and, when the server is an expertd, its reason."""
     kind = _CLASSES.get(reason) or _CLASSES.get(code) or ExpertdError
-    return kind(message or code, reason=reason or code, reasons=reasons)
+    return kind(
+        message or code, reason=reason or code, reasons=reasons, retry_seconds=retry_seconds
+    )
 
 
 def _line(refusal: Refusal) -> str:

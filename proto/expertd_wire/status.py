@@ -1,4 +1,7 @@
-"""An error as google.rpc.Status: its reason as ErrorInfo, its refusals as a PreconditionFailure."""
+"""An error as google.rpc.Status: its reason as ErrorInfo, its refusals as a PreconditionFailure.
+
+When a caller should come back is told as RetryInfo.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +22,35 @@ _UNESCAPED = bytes(set(range(0x20, 0x7F)) - {ord("%")})
 
 
 class UnpackedStatus(NamedTuple):
-    """What unpack_status found; reason is empty when the status is not one of expertd's."""
+    """What unpack_status found; reason is empty when the status is not one of expertd's.
+
+    retry_seconds is when the server expects to have room again; None if it did not say.
+    """
 
     code: str
     reason: str
     message: str
     refusals: tuple[Refusal, ...]
+    retry_seconds: float | None = None
 
 
-def pack_status(reason: str, message: str, refusals: Sequence[Refusal] = ()) -> bytes:
+def pack_status(
+    reason: str,
+    message: str,
+    refusals: Sequence[Refusal] = (),
+    retry_seconds: float | None = None,
+) -> bytes:
     """The bytes of make_status, for the trailing metadata named methods.STATUS_KEY."""
-    data: bytes = make_status(reason, message, refusals).SerializeToString()
+    data: bytes = make_status(reason, message, refusals, retry_seconds).SerializeToString()
     return data
 
 
-def make_status(reason: str, message: str, refusals: Sequence[Refusal] = ()) -> status_pb2.Status:
+def make_status(
+    reason: str,
+    message: str,
+    refusals: Sequence[Refusal] = (),
+    retry_seconds: float | None = None,
+) -> status_pb2.Status:
     """The status of a row of REASONS, at most MAX_STATUS_BYTES long.
 
     Refusals that do not fit are left out and counted in its message: gRPC's own details must be
@@ -42,17 +59,20 @@ def make_status(reason: str, message: str, refusals: Sequence[Refusal] = ()) -> 
     refusals = tuple(dict.fromkeys(refusals))
     for kept in _shrinking(len(refusals)):
         status = _status(reason, _message(message, len(refusals) - kept), refusals[:kept])
+        if retry_seconds is not None:
+            status.details.add().Pack(_retry_info(retry_seconds))
         if status.ByteSize() <= MAX_STATUS_BYTES:
             return status
     raise AssertionError("a status without refusals is longer than its limit")
 
 
 def unpack_status(data: bytes) -> UnpackedStatus:
-    """Code name, reason, message and refusals of a serialised status; raises WireError."""
+    """What a serialised status says; raises WireError."""
     try:
         status = status_pb2.Status.FromString(data)
         refusals = tuple(map(_refusal, _violations(status)))
-        return UnpackedStatus(_code_name(status.code), _reason(status), status.message, refusals)
+        code, reason = _code_name(status.code), _reason(status)
+        return UnpackedStatus(code, reason, status.message, refusals, _retry_seconds(status))
     except DecodeError:
         raise WireError(f"status: {len(data)} bytes that are no google.rpc.Status") from None
 
@@ -123,6 +143,18 @@ def _refusal(violation: Message) -> Refusal:
 def _reason(status: status_pb2.Status) -> str:
     infos = _details(status, error_details_pb2.ErrorInfo)
     return next((info.reason for info in infos if info.domain == DOMAIN), "")
+
+
+def _retry_info(seconds: float) -> Message:
+    info: Message = error_details_pb2.RetryInfo()
+    info.retry_delay.FromNanoseconds(int(seconds * 1e9))
+    return info
+
+
+def _retry_seconds(status: status_pb2.Status) -> float | None:
+    infos = _details(status, error_details_pb2.RetryInfo)
+    delays = (info.retry_delay for info in infos)
+    return next((delay.seconds + delay.nanos / 1e9 for delay in delays), None)
 
 
 def _code_name(code: int) -> str:

@@ -27,13 +27,22 @@ from expertd_wire.errors import REASONS, Reason, Refusal
 
 
 class ExpertdError(Exception):
-    """A request that cannot be answered; str() is the message for the caller."""
+    """A request that cannot be answered; str() is the message for the caller.
+
+    retry_seconds is when it may be worth asking again, as far as this process can tell.
+    """
 
     reason: ClassVar[str] = "INTERNAL"
 
-    def __init__(self, message: str, refusals: tuple[Refusal, ...] = ()) -> None:
+    def __init__(
+        self,
+        message: str,
+        refusals: tuple[Refusal, ...] = (),
+        retry_seconds: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.refusals = refusals
+        self.retry_seconds = retry_seconds
 
     @property
     def wire(self) -> Reason:

@@ -17,13 +17,14 @@ WORDS = st.text(st.characters(exclude_characters="/", exclude_categories=("Cs",)
 REFUSALS = st.lists(st.builds(Refusal, *[WORDS] * 5), max_size=8).map(tuple)
 
 
-@given(st.sampled_from(sorted(REASONS)), WORDS, REFUSALS)
+@given(st.sampled_from(sorted(REASONS)), WORDS, REFUSALS, st.none() | st.floats(0, 86400))
 def test_what_is_packed_is_unpacked(
-    reason: str, message: str, refusals: tuple[Refusal, ...]
+    reason: str, message: str, refusals: tuple[Refusal, ...], retry: float | None
 ) -> None:
-    found = unpack_status(pack_status(reason, message, refusals + refusals))
+    *found, waits = unpack_status(pack_status(reason, message, refusals + refusals, retry))
     told_once = tuple(dict.fromkeys(refusals))
-    assert found == (REASONS[reason].grpc, reason, message, told_once)
+    assert found == [REASONS[reason].grpc, reason, message, told_once]
+    assert waits == (None if retry is None else pytest.approx(retry, abs=1e-8))
 
 
 def test_googles_classes_read_it() -> None:
@@ -83,7 +84,7 @@ def test_a_long_message_ends_in_dots() -> None:
 def test_a_status_of_others_has_no_reason() -> None:
     status = status_pb2.Status(code=14, message="upstream")
     status.details.add().Pack(error_details_pb2.ErrorInfo(domain="envoy", reason="RESET"))
-    assert unpack_status(status.SerializeToString()) == ("UNAVAILABLE", "", "upstream", ())
+    assert unpack_status(status.SerializeToString()) == ("UNAVAILABLE", "", "upstream", (), None)
     assert unpack_status(status_pb2.Status(code=99).SerializeToString()).code == "UNKNOWN"
 
 

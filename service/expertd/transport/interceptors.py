@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def guarded(method: Method) -> Method:
         except Exception:
             log.exception("a gRPC method failed")
             fault = Internal(INTERNAL)
-        details = pack_status(fault.reason, str(fault), fault.refusals)
+        details = pack_status(fault.reason, str(fault), fault.refusals, fault.retry_seconds)
         context.set_trailing_metadata(((STATUS_KEY, details),))
         code = getattr(grpc.StatusCode, fault.wire.grpc)
         context.abort(code, unpack_status(details).message)
@@ -58,7 +59,9 @@ def error_body(error: ExpertdError) -> dict[str, Any]:
 
 
 def http_error(error: ExpertdError) -> JSONResponse:
-    return JSONResponse(error_body(error), status_code=error.wire.http)
+    wait = error.retry_seconds
+    headers = None if wait is None else {"Retry-After": str(math.ceil(wait))}
+    return JSONResponse(error_body(error), status_code=error.wire.http, headers=headers)
 
 
 async def on_expertd_error(request: Request, error: Exception) -> JSONResponse:

@@ -82,7 +82,7 @@ class ExpertsService:
             reply = note_plan(record, _outcome(entry))
         except ExpertdError as error:
             self._desk.fail(record, error)
-            status = pack_status(error.reason, str(error), error.refusals)
+            status = pack_status(error.reason, str(error), error.refusals, error.retry_seconds)
             reply = ForwardReply(request_id=record.request_id, status=status)
         data = self._desk.timed("encode", lambda: encode_forward_reply(reply))
         self._desk.end(record)
@@ -94,7 +94,8 @@ class ExpertsService:
         return self._desk.timed("decode", lambda: decode_forward_call(request))
 
     def _wait(self, ticket: Ticket, context: grpc.ServicerContext) -> ForwardReply:
-        context.add_callback(lambda: self._desk.engine.cancel(ticket))
+        if not context.add_callback(lambda: self._desk.engine.cancel(ticket)):
+            self._desk.engine.cancel(ticket)  # the caller left before anybody could be told
         try:
             return ticket.future.result(_remaining(ticket.deadline))
         except TimeoutError:

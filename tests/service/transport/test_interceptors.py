@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from expertd import errors
-from expertd.errors import ExpertdError, Internal, NoUsablePlan
+from expertd.errors import ExpertdError, Internal, NoUsablePlan, Overloaded
 from expertd.transport.interceptors import INTERNAL, guarded, http_error
 from expertd_wire.errors import REASONS, Refusal
 from expertd_wire.methods import STATUS_KEY
@@ -79,6 +79,15 @@ def test_each_class_travels_as_its_row_says(kind: type[ExpertdError]) -> None:
         "code": "arch",
         "text": "no build",
     }
+
+
+def test_when_to_come_back_is_told_in_both_protocols() -> None:
+    error = Overloaded("full", retry_seconds=1.25)
+    assert unpack_status(aborted(error).metadata[STATUS_KEY]).retry_seconds == 1.25
+    assert http_error(error).headers["retry-after"] == "2"
+    plain = Overloaded("full")
+    assert unpack_status(aborted(plain).metadata[STATUS_KEY]).retry_seconds is None
+    assert "retry-after" not in http_error(plain).headers
 
 
 def test_every_row_has_its_class() -> None:
