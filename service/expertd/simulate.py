@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from expertd.backends.flashinfer_trtllm import kernels
+from expertd.backends.flashinfer.library import stand_in
 from expertd.capability.device import DeviceInfo, simulated
 from expertd.errors import InvalidArgument
 
@@ -23,5 +23,5 @@ def simulate(arch: str) -> DeviceInfo:
         raise InvalidArgument(f"--simulate {arch}: the twin is in a source checkout only")
     if str(CHECKOUT) not in sys.path:
         sys.path.insert(0, str(CHECKOUT))
-    kernels.stand_in(importlib.import_module("tests.twins.trtllm").library())
+    stand_in(importlib.import_module("tests.twins.trtllm").library())
     return replace(simulated(arch), kind="cpu", name=f"simulated {arch}", simulated=False)

@@ -6,7 +6,6 @@ what the kernels compute from the arguments alone.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from typing import Any
 
@@ -26,19 +25,12 @@ class ActivationType(IntEnum):
 
 
 class Emulated:
-    """Stands for FlashInfer; calls and tunings are kept for the test to look at."""
+    """Stands for FlashInfer; calls are kept for the test to look at."""
 
     ActivationType = ActivationType
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
-        self.tuned: list[tuple[int, ...]] = []
-
-    def autotune(
-        self, tune_mode: bool, cache: str, tuning_buckets: tuple[int, ...]
-    ) -> AbstractContextManager[None]:
-        self.tuned.append(tuning_buckets)
-        return nullcontext()
 
     def cutlass_fused_moe_workspace_size(
         self, max_num_tokens: int, hidden_size: int, intermediate_size: int,

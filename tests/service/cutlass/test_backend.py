@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +14,13 @@ from tests.strategies import generator, layer_spec, random_topk, random_weights,
 
 from expertd.backends.base import Batch
 from expertd.backends.build import build
-from expertd.backends.flashinfer_cutlass import kernels, presence, tuning
+from expertd.backends.flashinfer.library import stand_in
+from expertd.backends.flashinfer.tied import tied_fp8
 from expertd.backends.flashinfer_cutlass.rows import fp8_rows
-from expertd.backends.flashinfer_cutlass.weights import tied
 from expertd.capability.row import Row
 from expertd.capability.rows.flashinfer_cutlass import ROWS
 from expertd.capability.rows.reference import ROWS as REFERENCE
 from expertd.core import Activation, ActivationKind, LayerSpec, QuantScheme
-from expertd.errors import NoUsablePlan
 from expertd.weights.canonical import ExpertWeights
 
 CPU = torch.device("cpu")
@@ -37,12 +36,11 @@ ACTIVATIONS = [*(Activation(kind) for kind in ActivationKind), *LIMITED]
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Emulated:
+def emulated() -> Iterator[Emulated]:
     found = Emulated()
-    monkeypatch.setattr(kernels, "library", lambda: found)
-    monkeypatch.setattr(presence, "missing", lambda device: iter(()))
-    monkeypatch.setattr(tuning, "cache_file", lambda device: tmp_path / "a" / "tuned.json")
-    return found
+    stand_in(found)
+    yield found
+    stand_in(None)
 
 
 def spec_of(quant: QuantScheme, **changes: Any) -> LayerSpec:
@@ -147,7 +145,7 @@ def test_halves_with_scales_of_their_own_share_the_larger() -> None:
     before = weights.w13.clone()
     ratio = torch.tensor([[1.0, 0.25], [0.5, 1.0]]).repeat(3, 1)
     apart = replace(weights, scale13=weights.scale13 * ratio)
-    together = tied(apart)
+    together = tied_fp8(apart)
     assert together.scale13 is not None and apart.scale13 is not None
     assert torch.equal(together.scale13, apart.scale13.amax(1, keepdim=True).expand(-1, 2))
     for expert in range(spec.held):
@@ -209,63 +207,10 @@ def test_emulation_has_no_argument_of_its_own() -> None:
         assert int(ActivationType[member.name]) == member.value
 
 
-def test_warm_up_tunes_the_sizes_given(emulated: Emulated) -> None:
+def test_every_size_is_warmed(emulated: Emulated) -> None:
     spec = spec_of(QuantScheme.BF16)
     backend = build(COMPUTED[spec.quant], spec, random_weights(spec, generator(16)), None, CPU)
     emulated.calls.clear()
     backend.warm_up((16, 1, 64))
-    assert emulated.tuned[-1] == (1, 16, 64)
     assert [len(call["input"]) for call in emulated.calls] == [64, 1, 16, 64]
     assert all(call["use_fused_finalize"] is False for call in emulated.calls)
-
-
-def test_a_tuner_that_cannot_tune_is_told(
-    emulated: Emulated, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
-    tuning.tuner((1,), CPU)
-    assert not caplog.records
-    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
-    tuning.tuner((1,), CPU)
-    assert "untuned" in caplog.text
-
-
-def test_an_absent_module_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "FlashInfer's module fused_moe_90 is not built here; run: expertd prebuild"
-    monkeypatch.setattr(presence, "missing", lambda device: iter((text,)))
-    spec = spec_of(QuantScheme.BF16)
-    with pytest.raises(NoUsablePlan, match="expertd prebuild") as caught:
-        build(COMPUTED[spec.quant], spec, random_weights(spec, generator(17)), None, CPU)
-    (refusal,) = caught.value.refusals
-    assert (refusal.backend, refusal.code) == ("flashinfer_cutlass", "kernels_absent")
-
-
-@pytest.mark.parametrize("place", ["aot", "jit", None])
-@pytest.mark.parametrize("disabled", [False, True])
-def test_where_a_module_may_lie(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str | None, disabled: bool
-) -> None:
-    from flashinfer.jit import env
-
-    class Properties:
-        multi_processor_count = 132
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties())
-    monkeypatch.setattr(env, "get_aot_path", lambda name: tmp_path / "aot" / name / f"{name}.so")
-    monkeypatch.setattr(env, "FLASHINFER_JIT_DIR", tmp_path / "jit")
-    monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
-    if disabled:
-        monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
-    if place is not None:
-        path = tmp_path / place / "fused_moe_90" / "fused_moe_90.so"
-        path.parent.mkdir(parents=True)
-        path.touch()
-    there = place == "aot" or (place == "jit" and not disabled)
-    assert (list(presence.missing(torch.device("cuda:0"))) == []) is there
-
-
-def test_the_h20_has_a_module_of_its_own() -> None:
-    assert presence.module_name((9, 0), 78, True) == "fused_moe_90_h20_prebuilt_d"
-    assert presence.module_name((9, 0), 78, False) == "fused_moe_90"
-    assert presence.module_name((9, 0), 132, True) == "fused_moe_90"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from tests.service.trtllm.recording import Recording
 
-from expertd.backends.flashinfer_trtllm import kernels
+from expertd.backends.flashinfer.library import library, stand_in
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def recording() -> Iterator[Recording]:
     from tests.service.trtllm import flashinfer_cpu
 
     assert flashinfer_cpu
-    library = Recording(kernels.library())
-    kernels.stand_in(library)
-    yield library
-    kernels.stand_in(None)
+    recorded = Recording(library())
+    stand_in(recorded)
+    yield recorded
+    stand_in(None)

@@ -20,12 +20,13 @@ from tests.service.trtllm.layers import (
 from tests.service.trtllm.recording import ANSWER, Recording
 from tests.strategies import random_weights, relative
 
-from expertd.backends.flashinfer_trtllm import kernels
+from expertd.backends.flashinfer import library as flashinfer
+from expertd.backends.flashinfer.entry import Entry, argument_names
 from expertd.capability.library import recorded, recorded_versions
 from expertd.capability.row import Row
 from expertd.capability.rows.flashinfer_trtllm import ROWS
 from expertd.capability.versions import at_least
-from expertd.core import ActivationKind, PlanMode, QuantScheme
+from expertd.core import Activation, ActivationKind, PlanMode, QuantScheme
 from expertd.weights.dequant import e8m0_to_float
 
 
@@ -43,7 +44,7 @@ def test_names_bind_to_every_recorded_version_that_has_the_row(version: str) -> 
         signature = library.functions[row.call.function]
         for kind, use in row.activations.items():
             if at_least(version, use.since) and set(use.passes) <= signature.names:
-                names = kernels.argument_names(
+                names = argument_names(
                     row, replace(ACTIVATIONS[kind], limit=None), True, signature.names
                 )
                 assert set(signature.required) <= set(names) <= signature.names, (version, row)
@@ -175,7 +176,21 @@ def test_rows_share_the_largest_static_scale_and_inner_rows_keep_their_own(
     close(given["output2_scales_scalar"], weights.scale2[:, 0] * weights.input2)
 
 
-def test_the_tuner_is_told_the_widest_batch(recording: Recording) -> None:
+STEPPED = [row for row in ROWS if ActivationKind.SWIGLU_STEP in row.activations]
+
+
+@pytest.mark.parametrize("row", STEPPED, ids=name_of)
+def test_an_absent_limit_is_told_to_the_kernel_that_has_one_of_its_own(
+    recording: Recording, row: Row
+) -> None:
+    """Left alone, SwiGLU-step clamps at 7."""
+    unclamped = Activation(ActivationKind.SWIGLU_STEP)
+    spec = layer(row.quants[0], activation=unclamped)
+    backend_of(row, spec, inputs=False).forward(batch_of(row, spec))
+    assert bool((recording.last["gemm1_clamp_limit"] > 1e30).all())
+
+
+def test_every_size_is_warmed(recording: Recording) -> None:
     row, spec = row_of(QuantScheme.BF16, PlanMode.ROUTED), layer(QuantScheme.BF16)
     backend = backend_of(row, spec)
     assert len(recording.calls) == 2 and recording.last["hidden_states"].shape[0] == 3
@@ -183,7 +198,7 @@ def test_the_tuner_is_told_the_widest_batch(recording: Recording) -> None:
     backend.warm_up((9000, 16, 1, 16))
     sizes = [len(call["hidden_states"]) for call in recording.calls]
     assert sizes == [9000, 1, 16, 9000]
-    assert {call["tune_max_num_tokens"] for call in recording.calls} == {9000}
+    assert {call["tune_max_num_tokens"] for call in recording.calls} == {8192}
 
 
 def test_probes_give_every_expert_the_same_share(recording: Recording) -> None:
@@ -207,8 +222,8 @@ def test_one_call_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             inside.release()
             return torch.zeros(1)
 
-    monkeypatch.setattr(kernels, "_stand_in", Slow)
-    entry = kernels.Entry(row, spec.activation, padded=False)
+    monkeypatch.setattr(flashinfer, "_stand_in", Slow)
+    entry = Entry(row, spec.activation, padded=False)
     values = dict.fromkeys(entry.names)
     threads = [threading.Thread(target=entry, args=(values,)) for _ in range(3)]
     for thread in threads:
@@ -219,11 +234,11 @@ def test_one_call_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flashinfer_itself_has_all_the_names() -> None:
-    library = kernels.library()
-    assert not kernels.simulated()
+    library = flashinfer.library()
+    assert not flashinfer.simulated()
     for row in ROWS:
         assert row.call is not None
-        entry = kernels.Entry(row, ACTIVATIONS[ActivationKind.SWIGLU], padded=True)
+        entry = Entry(row, ACTIVATIONS[ActivationKind.SWIGLU], padded=True)
         accepted = inspect.signature(getattr(library, row.call.function)).parameters
         assert set(entry.names) <= set(accepted)
         for enum, member in row.call.members:

@@ -23,8 +23,9 @@ from tests.strategies import generator, random_weights
 from torch import Tensor
 
 from expertd.backends.base import Backend
+from expertd.backends.flashinfer import tuning
+from expertd.backends.flashinfer.library import stand_in
 from expertd.backends.flashinfer_trtllm import backend as trtllm
-from expertd.backends.flashinfer_trtllm import kernels, tuning
 from expertd.backends.flashinfer_trtllm.pad import Sizes
 from expertd.backends.flashinfer_trtllm.permute import shuffled, take_rows
 from expertd.backends.flashinfer_trtllm.swizzle import swizzle
@@ -73,9 +74,9 @@ class Recorded:
 @pytest.fixture
 def on_card() -> Iterator[Recording]:
     library = Recording(Recorded())
-    kernels.stand_in(library)
+    stand_in(library)
     yield library
-    kernels.stand_in(None)
+    stand_in(None)
 
 
 @pytest.fixture(scope="module")

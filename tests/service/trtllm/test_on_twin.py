@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from tests.twins.trtllm import library
 
-from expertd.backends.flashinfer_trtllm import kernels
+from expertd.backends.flashinfer.library import stand_in
 from expertd.capability.device import simulated
 from expertd.capability.row import Row, State
 from expertd.capability.rows.flashinfer_trtllm import ROWS
@@ -20,9 +20,9 @@ CELLS = [(row, quant) for row in ROWS for quant in row.quants]
 
 @pytest.fixture
 def twin() -> Iterator[None]:
-    kernels.stand_in(library())
+    stand_in(library())
     yield
-    kernels.stand_in(None)
+    stand_in(None)
 
 
 @pytest.mark.slow

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertd.backends.base import Backend, Batch
-from expertd.backends.flashinfer_cutlass import kernels, presence, tuning
+from expertd.backends.base import Batch
+from expertd.backends.flashinfer.backend import FlashInferBackend
+from expertd.backends.flashinfer.entry import Entry
+from expertd.backends.flashinfer.library import library
+from expertd.backends.flashinfer.routing import final_weights, weights_on_rows
+from expertd.backends.flashinfer.tuning import TUNE_TOKENS
+from expertd.backends.flashinfer_cutlass import presence
 from expertd.backends.flashinfer_cutlass.activation import constants
-from expertd.backends.flashinfer_cutlass.rows import final_weights, fp8_rows, weights_on_rows
+from expertd.backends.flashinfer_cutlass.rows import fp8_rows
 from expertd.backends.flashinfer_cutlass.weights import Native, native
-from expertd.backends.flashinfer_cutlass.workspace import workspace
+from expertd.backends.flashinfer_cutlass.workspace import workspace, workspace_bytes
 from expertd.weights.canonical import ExpertWeights
-from expertd_wire.errors import Refusal
 
 
-class Cutlass(Backend):
+class Cutlass(FlashInferBackend):
     """One layer; the row says which of the kernel's modes."""
 
-    def _check(self) -> tuple[Refusal, ...]:
-        row = self.row
-        return tuple(
-            Refusal(row.backend, row.mode, row.entry, "kernels_absent", text, "device")
-            for text in presence.missing(self.device)
-        )
+    def _missing(self) -> Iterator[str]:
+        return presence.missing(self.device, self.row)
 
     def _prepare_weights(self, weights: ExpertWeights | None, bias: Tensor | None) -> None:
         assert weights is not None
         self._native: Native = native(weights, self.row.activation_quant)
         self._fixed = self._layer_arguments(weights)
-        values = constants(self.spec.activation, self.spec.held, self.device)
-        self._entry = kernels.Entry(self.row, self._fixed, values)
+        self._entry = Entry(self.row, self.spec.activation)
         self._workspace_bytes: dict[tuple[int, int], int] = {}
 
     def _layer_arguments(self, weights: ExpertWeights) -> dict[str, Any]:
@@ -48,11 +47,12 @@ class Cutlass(Backend):
             "output_dtype": dtype,
             "ep_size": spec.num_experts // spec.held,
             "ep_rank": spec.expert_begin // spec.held,
-            "activation_type": kernels.library().ActivationType[member],
-            "tune_max_num_tokens": tuning.TUNE_TOKENS,
+            "activation_type": library().ActivationType[member],
+            "tune_max_num_tokens": TUNE_TOKENS,
             # The fused one adds with atomics: its sums differ from run to run.
             "use_fused_finalize": False,
             **self._modes(),
+            **constants(spec.activation, spec.held, self.device),
         }
 
     def _modes(self) -> dict[str, bool]:
@@ -60,23 +60,14 @@ class Cutlass(Backend):
         assert self.row.call is not None
         return {name: True for name in self.row.call.passes if name.startswith("use_")}
 
-    def _warm_up(self, tokens: Sequence[int]) -> None:
-        sizes = tuple(sorted(set(tokens)))
-        with tuning.tuner(sizes, self.device):
-            self._forward(tuning.probe(self.spec, sizes[-1], self.device))
-        # Each size may have kernels of its own, compiled or loaded at its first call.
-        for count in sizes:
-            self._forward(tuning.probe(self.spec, count, self.device))
-
     def _forward(self, batch: Batch) -> None:
-        routing = self.spec.routing
-        if routing is not None and routing.weight_site == "input":
-            batch = weights_on_rows(batch)
+        batch = weights_on_rows(batch, self.spec)
         assert batch.ids is not None and batch.weights is not None
         rows, scales = self._rows(batch.rows)
         in_place = batch.out.dtype == self._native.dtype and batch.out.is_contiguous()
         out = batch.out if in_place else torch.empty_like(batch.rows, dtype=self._native.dtype)
         values = {
+            **self._fixed,
             "input": rows,
             "token_selected_experts": batch.ids.contiguous(),
             "token_final_scales": final_weights(batch.ids, batch.weights).contiguous(),
@@ -99,11 +90,11 @@ class Cutlass(Backend):
 
     def _scratch(self, tokens: int, top_k: int, x_dtype: torch.dtype) -> dict[str, Tensor]:
         """workspace_buffer, where this version takes one."""
-        if not self._entry.takes_workspace:
+        if "workspace_buffer" not in self._entry.names:
             return {}
         size = self._workspace_bytes.get((tokens, top_k))
         if size is None:
-            size = kernels.workspace_bytes(self._sizes(tokens, top_k, x_dtype))
+            size = workspace_bytes(self._sizes(tokens, top_k, x_dtype))
             self._workspace_bytes[tokens, top_k] = size
         return {"workspace_buffer": workspace(size, self.device)}
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
-from importlib import import_module
-from pathlib import Path
 
 import torch
+
+from expertd.backends.flashinfer import modules
+from expertd.capability.row import Row
 
 MODULES = {
     (8, 9): "fused_moe_89",
@@ -23,21 +25,23 @@ MODULES = {
 H20_MULTIPROCESSORS = 78
 H20_MODULE = "fused_moe_90_h20_prebuilt_d"
 
+NO_NVCC = (
+    "its kernels are compiled by nvcc when they first run: install the CUDA toolkit and set "
+    "CUDA_HOME, or set TRTLLM_DG_ENABLED=0 for a slower one that is built in"
+)
 
-def missing(device: torch.device) -> Iterator[str]:
-    """What has to be built before the first call, with what to do."""
-    if device.type != "cuda":
-        yield "it runs on an NVIDIA card only: start with --device cuda:0"
-        return
-    may_build = not os.environ.get("FLASHINFER_DISABLE_JIT")
+
+def missing(device: torch.device, row: Row) -> Iterator[str]:
+    """What has to be there before the first call, with what to do."""
     name = module_name(
         torch.cuda.get_device_capability(device),
         torch.cuda.get_device_properties(device).multi_processor_count,
-        may_build,
+        modules.may_build(),
     )
-    environment = import_module("flashinfer.jit.env")
-    if not any(path.is_file() for path in _places(environment, name, may_build)):
-        yield f"FlashInfer's module {name} is not built here; run: expertd prebuild"
+    if absent := modules.missing(name):
+        yield absent
+    if row.activation_quant == "fp8_group128" and not _compiles():
+        yield NO_NVCC
 
 
 def module_name(capability: tuple[int, int], multiprocessors: int, may_build: bool) -> str:
@@ -47,8 +51,11 @@ def module_name(capability: tuple[int, int], multiprocessors: int, may_build: bo
     return MODULES[capability]
 
 
-def _places(environment: object, name: str, may_build: bool) -> Iterator[Path]:
-    """Where FlashInfer finds a module; its own builds only while it may build."""
-    yield Path(environment.get_aot_path(name))  # type: ignore[attr-defined]
-    if may_build:
-        yield Path(environment.FLASHINFER_JIT_DIR) / name / f"{name}.so"  # type: ignore[attr-defined]
+def _compiles() -> bool:
+    """Whether DeepGEMM, inside the module, finds the compiler of its kernels or goes without."""
+    if os.environ.get("TRTLLM_DG_ENABLED") == "0":
+        return True
+    own = os.environ.get("TRTLLM_DG_NVCC_COMPILER")
+    toolkit = os.environ.get("CUDA_HOME")
+    named = own or (f"{toolkit}/bin/nvcc" if toolkit else "nvcc")
+    return shutil.which(named) is not None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from expertd.backends.flashinfer_cutlass.kernels import library
+from expertd.backends.flashinfer.library import library
+from expertd.backends.flashinfer.tied import tied_fp8
 from expertd.core import QuantScheme
 from expertd.weights.canonical import ExpertWeights
-from expertd.weights.quantize import to_e4m3
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def _plain(weights: ExpertWeights) -> Native:
 
 
 def _fp8_tensor(weights: ExpertWeights) -> Native:
-    weights = tied(weights)
+    weights = tied_fp8(weights)
     assert weights.scale13 is not None and weights.scale2 is not None
     first, second = weights.scale13[:, 0].contiguous(), weights.scale2[:, 0].contiguous()
     if weights.input2 is None:
@@ -66,23 +66,6 @@ def _fp8_tensor(weights: ExpertWeights) -> Native:
     inner = torch.ones_like(second) if weights.input2 is None else weights.input2.float()
     rows = None if weights.input13 is None else weights.input13.float().amax()
     return Native(weights.w13, weights.w2, scales=None, fp8=Fp8Scales(first, second, rows, inner))
-
-
-def tied(weights: ExpertWeights) -> ExpertWeights:
-    """fp8_tensor weights whose halves share the larger scale; the other half is rounded again.
-
-    The kernel has one multiplier for an expert's first matrix.
-    """
-    scale = weights.scale13
-    assert scale is not None
-    shared = scale.amax(dim=1, keepdim=True)
-    if bool((scale == shared).all()):
-        return weights
-    ratios, codes = scale / shared, torch.empty_like(weights.w13)
-    for expert, source in enumerate(weights.w13):
-        halves = source.float().view(scale.shape[1], -1, source.shape[1])
-        codes[expert] = to_e4m3(halves * ratios[expert, :, None, None]).flatten(0, 1)
-    return replace(weights, w13=codes, scale13=shared.expand_as(scale).contiguous())
 
 
 def _fp8_block128(weights: ExpertWeights) -> Native:

@@ -6,8 +6,16 @@ decides the size, and warm-up makes it before a request has to.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from expertd.backends.flashinfer.library import library
+
+SIZE_FUNCTION = "cutlass_fused_moe_workspace_size"
 
 _buffers: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -25,3 +33,10 @@ def workspace(size: int, device: torch.device) -> Tensor:
 
 def _stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+
+
+def workspace_bytes(sizes: Mapping[str, Any]) -> int:
+    """How many bytes a call of these sizes needs; sizes may hold more than is asked for."""
+    function = getattr(library(), SIZE_FUNCTION)
+    accepted = inspect.signature(function).parameters
+    return int(function(**{name: value for name, value in sizes.items() if name in accepted}))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from expertd.backends.base import Backend, Batch
-from expertd.backends.flashinfer_trtllm import arguments, kernels, presence, topk, tuning
+from expertd.backends.base import Batch
+from expertd.backends.flashinfer import tuning
+from expertd.backends.flashinfer.backend import FlashInferBackend
+from expertd.backends.flashinfer.entry import Entry
+from expertd.backends.flashinfer.library import library
+from expertd.backends.flashinfer.routing import weights_on_rows
+from expertd.backends.flashinfer_trtllm import arguments, presence, topk
 from expertd.backends.flashinfer_trtllm.pad import Sizes, pad_columns
 from expertd.backends.flashinfer_trtllm.quantize import FROM_CALLER, QUANTIZERS
 from expertd.backends.flashinfer_trtllm.weights import Native, native
@@ -19,10 +23,9 @@ from expertd.capability.row import Row
 from expertd.capability.versions import at_least
 from expertd.core import LayerSpec, PlanMode
 from expertd.weights.canonical import ExpertWeights
-from expertd_wire.errors import Refusal
 
 
-class TrtllmMoe(Backend):
+class TrtllmMoe(FlashInferBackend):
     """What all entries share; shuffled: whether weights are in the kernels' row order.
 
     ungrouped: what the launcher wants for both group arguments of DeepSeekV3 without groups.
@@ -35,37 +38,27 @@ class TrtllmMoe(Backend):
         super().__init__(row, spec, device)
         self._sizes = Sizes(spec.hidden, spec.intermediate, *row.padded(spec))
 
-    def _check(self) -> tuple[Refusal, ...]:
-        if kernels.simulated():
-            return ()
-        return tuple(self._absent(text) for text in presence.missing(self.device))
+    def _missing(self) -> Iterator[str]:
+        return presence.missing(self.device)
 
     def _prepare_weights(self, weights: ExpertWeights | None, bias: Tensor | None) -> None:
         assert weights is not None
-        row, spec, library = self.row, self.spec, kernels.library()
+        row, spec = self.row, self.spec
         self._native: Native = native(weights, spec, self._sizes)
         bias = arguments.router_bias(row, spec, bias, self.device)
         self._values = {
             **self._native.arguments,
-            **arguments.layer_values(row, spec, self._sizes, library),
-            **arguments.routing_values(row, spec, bias, library, self.ungrouped),
+            **arguments.layer_values(row, spec, self._sizes, library()),
+            **arguments.routing_values(row, spec, bias, library(), self.ungrouped),
             "use_shuffled_weight": self.shuffled,
             "tune_max_num_tokens": tuning.TUNE_TOKENS,
         }
-        self._entry = kernels.Entry(row, spec.activation, self._sizes.padded)
+        self._entry = Entry(row, spec.activation, self._sizes.padded)
         self._topk = topk.form(self._takes_pair())
-
-    def _warm_up(self, tokens: Sequence[int]) -> None:
-        widest = max(tokens)
-        self._values["tune_max_num_tokens"] = max(tuning.TUNE_TOKENS, widest)
-        with tuning.tuner(self.device):
-            self._forward(self._probe(widest))
-        for count in sorted(set(tokens)):
-            self._forward(self._probe(count))
 
     def _forward(self, batch: Batch) -> None:
         if self.row.mode is PlanMode.ROUTED:
-            batch = self._weights_on_rows(batch)
+            batch = weights_on_rows(batch, self.spec)
         in_place = batch.out.dtype == torch.bfloat16 and batch.out.is_contiguous()
         values = {
             **self._values,
@@ -105,28 +98,11 @@ class TrtllmMoe(Backend):
         ids, weights = batch.ids, batch.weights
         return {"topk_ids": self._topk(ids, weights), "top_k": ids.shape[1]}
 
-    def _weights_on_rows(self, batch: Batch) -> Batch:
-        """Weights that belong on an expert's input go onto the rows, which have one expert each."""
-        routing = self.spec.routing
-        if routing is None or routing.weight_site == "output":
-            return batch
-        assert batch.weights is not None and batch.ids is not None and batch.ids.shape[1] == 1
-        weights = batch.weights.masked_fill(batch.ids < 0, 0.0)
-        rows = (batch.rows.float() * weights).to(batch.rows.dtype)
-        return replace(batch, rows=rows, weights=torch.ones_like(weights))
-
     def _takes_pair(self) -> bool:
         """Whether ids and weights go in as they are; else they are packed into one integer."""
         assert self.row.call is not None
         version, since = installed_flashinfer(), self.row.call.pair_since
         return since is not None and version is not None and at_least(version, since)
-
-    def _probe(self, tokens: int) -> Batch:
-        return tuning.probe(self.row, self.spec, tokens, self.device)
-
-    def _absent(self, text: str) -> Refusal:
-        row = self.row
-        return Refusal(row.backend, row.mode, row.entry, "kernels_absent", text, "device")
 
 
 class Bf16(TrtllmMoe):

@@ -110,24 +110,6 @@ def bias_arguments(
     return first, second
 
 
-def tied_fp8(weights: ExpertWeights) -> ExpertWeights:
-    """fp8_tensor weights whose halves share the larger scale; the other half is rounded again.
-
-    The kernels assume that both halves of an expert have one multiplier.
-    """
-    scale = weights.scale13
-    assert scale is not None
-    shared = scale.amax(dim=1, keepdim=True)
-    if bool((scale == shared).all()):
-        return weights
-    codes = torch.empty_like(weights.w13)
-    for expert, source in enumerate(weights.w13):
-        halves = source.float().view(scale.shape[1], -1, source.shape[1])
-        ratio = (scale[expert] / shared[expert])[:, None, None]
-        codes[expert] = to_e4m3(halves * ratio).flatten(0, 1)
-    return replace(weights, w13=codes, scale13=shared.expand_as(scale).contiguous())
-
-
 def tied_nvfp4(weights: ExpertWeights) -> ExpertWeights:
     """nvfp4 weights whose halves share the larger global scale; block scales are rounded again.
 

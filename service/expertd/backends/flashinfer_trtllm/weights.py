@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertd.backends.flashinfer.tied import tied_fp8
 from expertd.backends.flashinfer_trtllm import permute, scales
 from expertd.backends.flashinfer_trtllm.pad import Sizes, pad
 from expertd.backends.flashinfer_trtllm.swizzle import swizzle
@@ -52,7 +53,7 @@ def _bf16(weights: ExpertWeights, activation: Activation) -> Native:
 
 
 def _fp8_tensor(weights: ExpertWeights, activation: Activation) -> Native:
-    weights = scales.tied_fp8(weights) if activation.gated else weights
+    weights = tied_fp8(weights) if activation.gated else weights
     assert weights.scale13 is not None and weights.scale2 is not None
     input13, input2 = _input_scales(weights)
     out = scales.output_scalars(

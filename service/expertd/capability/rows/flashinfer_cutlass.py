@@ -15,7 +15,7 @@ _SWIGLU = ("swiglu_alpha", "swiglu_beta", "swiglu_limit")
 ACTIVATIONS: Mapping[ActivationKind, Use] = {
     ActivationKind.SWIGLU: Use("Swiglu", limit=_SWIGLU),
     ActivationKind.SWIGLU_OAI: Use("SwigluBias", _SWIGLU, limit=()),
-    ActivationKind.SWIGLU_STEP: Use("SwigluStep", limit=("swiglu_limit",), since="0.6.13"),
+    ActivationKind.SWIGLU_STEP: Use("SwigluStep", ("swiglu_limit",), (), since="0.6.13"),
     ActivationKind.GEGLU: Use("Geglu"),
     ActivationKind.GEGLU_TANH: Use("GegluTanh", since="0.6.15"),
     ActivationKind.RELU2: Use("Relu2"),

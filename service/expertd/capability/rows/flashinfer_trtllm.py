@@ -15,14 +15,15 @@ LOGITS = ("float32", "bfloat16")
 
 _KIND = ("activation_type",)
 _SWIGLU = ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
-_LIMIT = ("gemm1_clamp_limit",)
 PLAIN = {ActivationKind.SWIGLU: Use("Swiglu")}
 CLAMPED = {
     ActivationKind.SWIGLU: Use("Swiglu", limit=_SWIGLU),
     ActivationKind.SWIGLU_OAI: Use("Swiglu", _SWIGLU, limit=()),
 }
 RELU2 = {ActivationKind.RELU2: Use("Relu2", _KIND)}
-STEP = {ActivationKind.SWIGLU_STEP: Use("SwigluStep", _KIND, _LIMIT, since="0.6.18")}
+# Without a limit of its own the kernel clamps at 7, so one is always passed.
+_STEP = Use("SwigluStep", (*_KIND, "gemm1_clamp_limit"), (), since="0.6.18")
+STEP = {ActivationKind.SWIGLU_STEP: _STEP}
 FP4_ONLY = {
     ActivationKind.GEGLU: Use("Geglu", _KIND),
     ActivationKind.SITU: Use("Situ", (*_KIND, *_SWIGLU), since="0.7.0"),
@@ -81,7 +82,7 @@ PER_TENSOR = replace(
     activation_quant="fp8_tensor",
     activations=PLAIN
     | RELU2
-    | {ActivationKind.SWIGLU_STEP: Use("SwigluStep", _KIND, _LIMIT, since="0.7.2.post1")},
+    | {ActivationKind.SWIGLU_STEP: _STEP._replace(since="0.7.2.post1")},
     load="expertd.backends.flashinfer_trtllm.backend:Fp8PerTensor",
     weight_sites=("output", "input"),
     call=KernelCall(
