@@ -123,7 +123,7 @@ def test_no_import_is_overlooked() -> None:
 def test_rooms_that_need_no_torch() -> None:
     """They are imported in a process where importing torch is an error."""
     packages = ("expertd.core", "expertd.capability", "expertd_client", "expertd_wire")
-    allowed = {"expertd_client.torch"}
+    allowed = {"expertd_client.torch", "expertd_client.integrations.transformers"}
     modules = [
         name
         for package in PACKAGES
@@ -152,7 +152,7 @@ def normal(name: str) -> str:
     ("package", "extras"),
     [
         ("expertd_wire", ()),
-        ("expertd_client", ("torch",)),
+        ("expertd_client", ("torch", "transformers")),
         ("expertd", ("torch", "server", "gpu", "transformers")),
     ],
 )
