@@ -28,12 +28,12 @@ ROOMS = (
     ("engine",),
     ("metrics",),
     ("transport",),
-    ("preflight", "simulate", "sources", "steward", "app", "cli"),
+    ("preflight", "simulate", "sources", "steward", "app", "bench", "cli"),
 )
 """A room imports from its own row and from those above."""
 
 RANK = {room: rank for rank, row in enumerate(ROOMS) for room in row}
-CLIENT_USERS = ("cli",)
+CLIENT_USERS = ("bench", "cli")
 """Rooms of the server that may be a client too."""
 
 WITHOUT_TORCH = (
@@ -41,7 +41,7 @@ WITHOUT_TORCH = (
     *("expertd.weights.headers", "expertd.weights.layers", "expertd.cli"),
     *(
         f"expertd.cli.{command}"
-        for command in ("call", "capabilities", "explain", "health", "plan")
+        for command in ("bench", "call", "capabilities", "explain", "health", "plan")
     ),
 )
 """What works in an install without torch, besides all of core, capability and the client."""

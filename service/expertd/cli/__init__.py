@@ -26,6 +26,7 @@ class Command(NamedTuple):
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "expertd.cli.serve", "serve experts over gRPC and HTTP"),
     Command("call", "expertd.cli.call", "send one call to a server and show what came back"),
+    Command("bench", "expertd.cli.bench", "load a server: rates, percentiles, where time goes"),
     Command("health", "expertd.cli.health", "exit 0 if a server is ready, else 1"),
     Command(
         "explain", "expertd.cli.explain", "which kernels can run a layer, and why others cannot"

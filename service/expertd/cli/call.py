@@ -8,14 +8,13 @@ import json
 import sys
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from expertd.bench.load import find_layer, make_call
 from expertd_client import Client, ExpertdError, Reply
-from expertd_client.calls import CallOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        with Client(args.target) as client:
-            reply = _call(client, args)
+        reply = _call(args)
     except ExpertdError as error:
         print(f"expertd: {error}", file=sys.stderr)
         for reason in error.reasons:
@@ -44,27 +42,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _call(client: Client, args: argparse.Namespace) -> Reply[NDArray[Any]]:
-    layer = client.layer(args.model, args.layer)
-    random = np.random.default_rng(args.seed)
-    rows = random.standard_normal((args.tokens, layer.hidden)).astype(ml_dtypes.bfloat16)
-    routing = _routing(args.routing, random, args.tokens, layer.num_experts, layer.top_k)
-    routing["backend"] = args.backend
-    return client.call(args.model, args.layer, rows, timeout=args.timeout, **routing)
-
-
-def _routing(
-    form: str, random: np.random.Generator, tokens: int, experts: int, top_k: int
-) -> CallOptions:
-    """Random routing tensors of the form asked for; none for a layer without experts."""
-    if not experts:
-        return {}
-    logits = random.standard_normal((tokens, experts)).astype(np.float32)
-    if form == "logits":
-        return {"router_logits": logits}
-    ids = np.argsort(-logits, axis=1)[:, : top_k or 1].astype(np.int32)
-    weights = np.full(ids.shape, 1.0 / ids.shape[1], dtype=np.float32)
-    return {"topk_ids": ids, "topk_weights": weights}
+def _call(args: argparse.Namespace) -> Reply[NDArray[Any]]:
+    layer = find_layer(args.target, args.model, args.layer, args.backend)
+    call = make_call(layer, args.tokens, args.seed, args.routing)
+    with Client(args.target) as client:
+        return client.call(args.model, args.layer, call.rows, timeout=args.timeout, **call.options)
 
 
 def _report(reply: Reply[NDArray[Any]]) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""`expertd bench` against a real server."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from tests.e2e.servers import Server, expertd, serving
+
+DEMO = ("--model", "demo", "--layer", "0", "--duration", "0.3")
+
+
+def test_a_closed_loop_as_json_and_as_a_picture(home: Path, server: Server) -> None:
+    picture = home / "out.svg"
+    flags = ("--tokens", "1,5", "--concurrency", "1,3", "--json", "--plot", str(picture))
+    ended = expertd(home, "bench", server.grpc, *DEMO, "--carrier", "grpc", *flags)
+    assert ended.returncode == 0, ended.stderr
+    cells = json.loads(ended.stdout)["cells"]
+    assert [(c["tokens"], c["concurrency"]) for c in cells] == [(1, 1), (1, 3), (5, 1), (5, 3)]
+    for cell in cells:
+        latency, parts = cell["latency_ms"], cell["split_ms"]
+        assert cell["calls"] >= cell["concurrency"] and cell["refused"] == {}
+        assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"] <= latency["max"]
+        assert min(parts.values()) > 0
+        assert 1 <= cell["mean_batch"] <= cell["concurrency"]
+        assert cell["tokens_per_s"] == pytest.approx(cell["calls_per_s"] * cell["tokens"])
+    assert len(ElementTree.parse(picture).getroot().findall("{*}circle")) == 8
+
+
+def test_an_open_loop_as_a_table(home: Path, server: Server) -> None:
+    flags = ("--tokens", "2", "--concurrency", "4", "--rate", "40", "--routing", "logits")
+    ended = expertd(home, "bench", server.grpc, *DEMO, *flags)
+    assert ended.returncode == 0, ended.stderr
+    assert "demo/0 over grpc" in ended.stdout and "40" in ended.stdout
+
+
+def test_refusals_are_counted_beside_the_answers(home: Path) -> None:
+    limits = ("--max-queued-tokens", "8", "--max-batch-tokens", "8")
+    with serving(home, "--identity", "echo=7168", "--device", "cpu", *limits) as narrow:
+        flags = ("--tokens", "8", "--concurrency", "12", "--duration", "1", "--json")
+        ended = expertd(home, "bench", narrow.grpc, "--model", "echo", "--layer", "0", *flags)
+        assert ended.returncode == 0, ended.stderr
+    (cell,) = json.loads(ended.stdout)["cells"]
+    assert cell["calls"] > 0 and cell["refused"].keys() == {"OVERLOADED"}
+    assert cell["refused_p50_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        (("--layer", "77"), 1, "has no layer 77"),
+        (("--layer", "0", "--tokens", "0"), 2, "numbers from 1"),
+        (("--layer", "0", "--tokens", "many"), 2, "invalid"),
+        (("--layer", "0", "--rate=-3"), 2, "positive numbers"),
+        (("--layer", "0", "--duration", "0"), 2, "a positive duration"),
+        (("--layer", "0", "--carrier", "pigeon"), 2, "invalid choice"),
+    ],
+)
+def test_a_wrong_flag(
+    home: Path, server: Server, flags: tuple[str, ...], code: int, told: str
+) -> None:
+    ended = expertd(home, "bench", server.grpc, "--model", "demo", *flags)
+    assert ended.returncode == code and told in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_nobody_there(home: Path) -> None:
+    ended = expertd(home, "bench", "127.0.0.1:1", "--model", "demo", "--layer", "0")
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
