@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -23,6 +24,7 @@ from expertd_client import ExpertdError
 
 CARRIERS = ("grpc",)
 MOST_PROCESSES = 32
+TABLE_WIDTH = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"layer": title, "cells": [cell.as_json() for cell in summaries]}))
     else:
-        Console().print(_table(title, summaries))
+        _show(_table(title, summaries))
     return 0 if all(summary.calls for summary in summaries) else 1
 
 
@@ -84,8 +86,15 @@ def _measure(args: argparse.Namespace, layer: Layer) -> Iterator[Summary]:
             yield summarize(cell, call.nbytes, outcomes)
 
 
+def _show(table: Table) -> None:
+    """Figures are never cut off: where the terminal is too narrow, lines wrap."""
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(table)
+
+
 def _table(title: str, summaries: Sequence[Summary]) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     names = "tokens callers rate/s calls/s tokens/s GB/s p50 p90 p99 batch queue stages kernel rpc"
     for name in names.split():
         table.add_column(name, justify="right")
