@@ -44,6 +44,13 @@ BLOCK_SPARSE = (per_expert("block_sparse_moe.experts", *W132), fused("mlp.expert
 
 # w13 rows that come in turns, and rules that need more than hidden_act.
 INTERLEAVED = replace(fused("mlp.experts"), fused="interleaved")
+W13_W2 = Layout(
+    "mlp.experts.w13_weight",
+    "mlp.experts.w13_weight",
+    "mlp.experts.w2_weight",
+    fused="interleaved",
+    suffix="parameter",
+)
 CLAMPED = ActivationRule(ActivationKind.SWIGLU, limit=Key("swiglu_limit"))
 OAI = ActivationRule(
     ActivationKind.SWIGLU_OAI,
@@ -128,6 +135,10 @@ WITHOUT_BIAS = (
         activation=OAI,
         expert_bias=True,
         width=Key("intermediate_size"),
+    ),
+    Family(
+        model_types=("inkling", "inkling_mm_model"),
+        layouts=(W13_W2, fused("mlp.experts")),
     ),
     Family(
         model_types=("mistral_large4",),
@@ -260,6 +271,10 @@ REFUSED = (
     Family(
         model_types=("ernie4_5_vl_moe",),
         refusal="text and images have experts of their own, of different widths",
+    ),
+    Family(
+        model_types=("diffusion_gemma",),
+        refusal="its experts belong to an encoder and a decoder at once",
     ),
     Family(model_types=("inkling2",), refusal="its activation has a soft cap"),
     Family(model_types=("muse_spark",), refusal="its experts have a norm behind them"),

@@ -11,7 +11,10 @@ from expertd.core import Activation, ActivationKind
 from expertd.errors import FailedPrecondition, InvalidArgument
 from expertd.routing.family import Config, Key
 
-ROOTS = ("", "model.", "language_model.model.", "model.language_model.", "backbone.")
+ROOTS = (
+    *("", "model.", "language_model.model.", "model.language_model.", "model.llm."),
+    "backbone.",
+)
 """What may stand before `layers.`; anything else (mtp., vision towers) is not the model's stack."""
 
 

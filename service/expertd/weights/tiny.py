@@ -8,7 +8,7 @@ from math import sqrt
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 LEFT_OUT = object()
 """A setting that a config class has but must not be given."""
@@ -55,13 +55,15 @@ class Sizes:
 class Tiny:
     """A model type; width: the config's name for an expert's width.
 
-    architecture: the class within its module, where AutoModelForCausalLM knows none.
+    architecture: the class within its module, where AutoModelForCausalLM knows none; the module is
+    called like the model type, or like `package`.
     """
 
     model_type: str
     settings: dict[str, Any] = field(default_factory=dict)
     width: str = "moe_intermediate_size"
     architecture: str | None = None
+    package: str | None = None
 
     def __str__(self) -> str:
         return self.model_type
@@ -84,6 +86,8 @@ class Tiny:
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 if "experts" in name or "bias" in name and tensor.is_floating_point():
                     tensor.normal_(std=1 / sqrt(tensor.shape[-1]))
+                if name.endswith("tid2eid"):
+                    tensor.copy_(_distinct(len(tensor), sizes))
         return model
 
     def _model(self, config: Any) -> nn.Module:
@@ -92,9 +96,15 @@ class Tiny:
 
             model: nn.Module = AutoModelForCausalLM.from_config(config)
             return model
-        name = f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+        package = self.package or self.model_type
+        name = f"transformers.models.{package}.modeling_{package}"
         built: nn.Module = getattr(importlib.import_module(name), self.architecture)(config)
         return built
+
+
+def _distinct(tokens: int, sizes: Sizes) -> Tensor:
+    """For each token top_k different experts [tokens, K]."""
+    return torch.rand(tokens, sizes.experts).argsort(1)[:, : sizes.top_k]
 
 
 SPARSE = {"mlp_layer_types": ["dense", "sparse", "sparse"]}
@@ -140,6 +150,7 @@ TINY = (
     Tiny("hunyuan_v1_moe", width="intermediate_size"),
     Tiny("hy_v3"),
     Tiny("hy_v4"),
+    Tiny("inkling_mm_model", architecture="InklingForCausalLM", package="inkling"),
     Tiny("jamba", width="intermediate_size"),
     Tiny("kimi_linear"),
     Tiny("kolibri1"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from expertd.backends.activation import activate
@@ -16,6 +18,7 @@ from expertd.routing import route_for
 from expertd.weights.canonical import ExpertWeights
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.dequant import dequantize
+from expertd.weights.families import FAMILIES
 from expertd.weights.layers import layer_specs
 from expertd.weights.load import load_layer
 from expertd.weights.tiny import TINY, Sizes, Tiny
@@ -50,10 +53,24 @@ def test_a_saved_model_is_read_as_it_was(model: Tiny, form: str, tmp_path: Path)
             assert_same_results(spec, weights, modules[layer])
 
 
+def test_no_family_of_transformers_is_forgotten() -> None:
+    """Every module of it that has routed experts is in TINY, or its family says why not."""
+    models = Path(transformers.__file__).parent / "models"
+    found = {
+        file.parent.name
+        for file in models.glob("*/modeling_*.py")
+        if re.search(r"^class \w*Experts\(", file.read_text(), re.MULTILINE)
+    }
+    served = {tiny.package or tiny.model_type for tiny in TINY}
+    refused = {name.replace("-", "_") for f in FAMILIES if f.refusal for name in f.model_types}
+    assert len(found) > 50 and found - served <= refused
+
+
 def experts_of(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     """The stacked experts of each MoE layer, by the layer's number."""
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "down_proj", None), nn.Parameter):
+        stacked = isinstance(getattr(module, "down_proj", None), nn.Parameter)
+        if stacked and "shared" not in name:
             yield int(name.split("layers.")[1].split(".")[0]), module
 
 

@@ -156,6 +156,26 @@ def test_released_names_are_found(case: str, tmp_path: Path) -> None:
         assert torch.equal(correction, torch.linspace(-1, 1, EXPERTS))
 
 
+def test_inklings_rows_take_turns_and_its_router_is_the_callers(tmp_path: Path) -> None:
+    held = matrices()
+    prefix = "model.llm.layers.3.mlp.experts"
+    tensors = {
+        f"{prefix}.w13_weight": torch.stack([held["gate"], held["up"]], 2).flatten(1, 2),
+        f"{prefix}.w2_weight": held["down"],
+    }
+    text = TEXT | {
+        "model_type": "inkling_text",
+        "n_routed_experts": EXPERTS,
+        "moe_intermediate_size": WIDTH,
+    }
+    config = {"model_type": "inkling_mm_model", "text_config": text}
+    spec = layer_specs(checkpoint := save(tmp_path / "m", config, tensors))[3]
+    weights, _ = load_layer(checkpoint, 3, spec, "cpu")
+    assert torch.equal(weights.w13, torch.cat([held["up"], held["gate"]], 1))
+    assert torch.equal(weights.w2, held["down"])
+    assert spec.routing is None and "topk_ids" in str(spec.routing_refusal)
+
+
 def test_steps_limits_are_each_layers_own(tmp_path: Path) -> None:
     config, write = CASES["step3p7"]
     spec = layer_specs(save(tmp_path / "m", config, write(matrices())))[3]
@@ -188,7 +208,10 @@ def test_infinity_as_transformers_writes_it_is_no_limit(tmp_path: Path) -> None:
     assert spec.activation.limit is None
 
 
-@pytest.mark.parametrize("family", ["longcat_flash", "zaya", "muse_spark", "dbrx", "inkling2"])
+REFUSED = ["longcat_flash", "zaya", "muse_spark", "dbrx", "inkling2", "diffusion_gemma"]
+
+
+@pytest.mark.parametrize("family", REFUSED)
 def test_what_is_not_served_is_refused_by_name(family: str, tmp_path: Path) -> None:
     checkpoint = save(tmp_path / "m", TEXT | {"model_type": family}, {"x": torch.zeros(1)})
     with pytest.raises(FailedPrecondition, match=family):
