@@ -18,10 +18,13 @@ from expertd import __version__
 from expertd.capability.device import DeviceInfo, detect
 from expertd.capability.drift import drift
 from expertd.config import Settings, cache_directory
+from expertd.core.buckets import token_buckets
 from expertd.engine.batcher import Budget
 from expertd.engine.engine import Engine, EngineOptions
 from expertd.engine.loader import Loader
 from expertd.engine.resident import LayerState, Residents, Trust
+from expertd.engine.timing_store import TimingStore
+from expertd.engine.tuner import Tuner, Tuning
 from expertd.errors import InvalidArgument
 from expertd.metrics import Metrics
 from expertd.preflight import LOOPBACK, tls_files
@@ -71,7 +74,8 @@ class App:
         self.engine = Engine(self.residents, torch_device, _options(settings), self.metrics)
         self._prover = Prover(ProofStore(cache_directory(), self._device), self._device)
         trust = Trust(_trusts_declared(settings), settings.exact_routing)
-        self.loader = Loader(self.residents, self._device, torch_device, self._prover, trust)
+        tuner = Tuner(TimingStore(cache_directory(), self._device), torch_device, _tuning(settings))
+        self.loader = Loader(self.residents, self._device, torch_device, self._prover, tuner, trust)
         check = partial(check_source, settings)
         self.steward = Steward(self.loader, self.residents, check, stop.set)
         self._ingress = Ingress(settings.max_message_bytes, settings.ingress_bytes)
@@ -185,6 +189,13 @@ def _options(settings: Settings) -> EngineOptions:
     )
     pin = "" if settings.backend == "auto" else settings.backend
     return EngineOptions(settings.max_call_tokens, pin, budget)
+
+
+def _tuning(settings: Settings) -> Tuning:
+    """A twin's times say nothing of a card, and it is too slow for large batches at the start."""
+    if settings.simulate:
+        return Tuning(buckets=(1,), enabled=False)
+    return Tuning(token_buckets(settings.max_batch_tokens), settings.tune == "auto")
 
 
 def _torch_device(device: DeviceInfo) -> torch.device:

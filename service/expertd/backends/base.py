@@ -53,6 +53,11 @@ class Backend(ABC):
         self.device = device
         self._stage = Stage.NEW
 
+    @property
+    def native_bytes(self) -> int:
+        """Bytes of weights in a layout of its own; 0 where it reads the canonical ones."""
+        return 0
+
     def check(self) -> tuple[Refusal, ...]:
         """Every reason why this machine cannot run the row; empty when it can."""
         refusals = self._check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,13 +21,17 @@ def build(
     weights: ExpertWeights | None,
     bias: Tensor | None,
     device: torch.device,
+    buckets: Sequence[int] = (1,),
 ) -> Backend:
-    """The row's backend for a layer, warmed up; raises NoUsablePlan with what its check refused."""
+    """The row's backend for a layer, warmed up for batches of these sizes.
+
+    Raises NoUsablePlan with what its check refused.
+    """
     module, _, name = row.load.partition(":")
     backend: Backend = getattr(importlib.import_module(module), name)(row, spec, device)
     if refusals := backend.check():
         texts = "; ".join(refusal.text for refusal in refusals)
         raise NoUsablePlan(f"{row.entry} cannot run here: {texts}", refusals)
     backend.prepare_weights(weights, bias)
-    backend.warm_up((1,))
+    backend.warm_up(buckets)
     return backend

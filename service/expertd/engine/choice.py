@@ -20,17 +20,23 @@ def choose_backend(resident: Resident, form: CallForm, tokens: int = 1) -> Backe
     chosen = cells[min(bucket_index(tokens), len(cells) - 1)] if cells else None
     backend = resident.backends.get(chosen) if chosen else None
     if backend is None:
-        raise NoUsablePlan(
-            f"no backend can run this call on layer {resident.name}; see the reasons",
-            plans_of(resident, form).refusals,
-        )
+        raise _refused(resident, form)
     return backend
+
+
+def _refused(resident: Resident, form: CallForm) -> NoUsablePlan:
+    plans = plans_of(resident, form)
+    absent = (resident.absent.get(_cell(resident, usable), ()) for usable in plans.usable)
+    return NoUsablePlan(
+        f"no backend can run this call on layer {resident.name}; see the reasons",
+        (*plans.refusals, *(reason for reasons in absent for reason in reasons)),
+    )
 
 
 def _choices(resident: Resident, form: CallForm) -> tuple[Cell, ...]:
     """The plan of each bucket, computed once for each form of call; empty if there is none."""
     choices = resident.choices
-    usable = (entry.row.cell(resident.spec.quant) for entry in plans_of(resident, form).usable)
+    usable = (_cell(resident, entry) for entry in plans_of(resident, form).usable)
     cells = [cell for cell in usable if cell in resident.backends]
     if not cells:
         return ()
@@ -46,7 +52,12 @@ def likely_plans(resident: Resident) -> tuple[Plan, ...]:
         form = CallForm(RoutingForm.TOPK, "bfloat16", weights_dtype="float32", top_k=1)
     else:
         form = CallForm(RoutingForm.LOGITS, "bfloat16", logits_dtype="float32")
-    return plans_of(resident, form).usable
+    usable = plans_of(resident, form).usable
+    return tuple(entry for entry in usable if _cell(resident, entry) not in resident.absent)
+
+
+def _cell(resident: Resident, usable: Plan) -> Cell:
+    return usable.row.cell(resident.spec.quant)
 
 
 def plans_of(resident: Resident, form: CallForm) -> PlanSet:

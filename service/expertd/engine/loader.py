@@ -17,6 +17,7 @@ from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
 from expertd.engine.resident import LayerState, Resident, Residents, Trust
 from expertd.engine.timings import Timings
+from expertd.engine.tuner import Tuner, not_kept
 from expertd.errors import ExpertdError, NoUsablePlan
 from expertd.proof.prover import Prover
 from expertd.proof.selfcheck import self_check
@@ -51,12 +52,14 @@ class Loader:
         device: DeviceInfo,
         torch_device: torch.device,
         prover: Prover,
+        tuner: Tuner,
         trust: Trust,
     ) -> None:
         self._residents = residents
         self._device = device
         self._torch_device = torch_device
         self._prover = prover
+        self._tuner = tuner
         self._trust = trust
 
     def add_identity(self, name: str, hidden: int) -> None:
@@ -140,15 +143,23 @@ class Loader:
         """Every backend whose row accepts the layer on this device, proven and checked."""
         resident.state = LayerState.PROVING
         for row in self._rows(resident):
-            cell = row.cell(resident.spec.quant)
-            try:
-                resident.backends[cell] = build(
-                    row, resident.spec, resident.weights, resident.bias, self._torch_device
-                )
-            except NoUsablePlan as refused:
-                log.warning("layer %s: %s", resident.name, refused)
+            self._build(row, resident)
         resident.judged(self._prover.states(resident.backends), Timings())
         self._self_check(resident)
+        self._tuner.tune(resident)
+
+    def _build(self, row: Row, resident: Resident) -> None:
+        """The row's backend, warm for every size of batch; or the reasons why there is none."""
+        cell, spec = row.cell(resident.spec.quant), resident.spec
+        if cell in self._tuner.left_out(spec):
+            resident.absent[cell] = (not_kept(row),)
+            return
+        given = (row, spec, resident.weights, resident.bias, self._torch_device)
+        try:
+            resident.backends[cell] = build(*given, self._tuner.buckets)
+        except NoUsablePlan as refused:
+            resident.absent[cell] = refused.refusals
+            log.warning("layer %s: %s", resident.name, refused)
 
     def _self_check(self, resident: Resident) -> None:
         checked = {backend.row.backend: backend for backend in resident.backends.values()}

@@ -17,6 +17,7 @@ from expertd.core import CallForm, LayerSpec
 from expertd.engine.timings import Timings
 from expertd.errors import LayerFailed, NotFound, Unavailable
 from expertd.weights.canonical import ExpertWeights
+from expertd_wire.errors import Refusal
 
 _serials = itertools.count(1)
 
@@ -39,7 +40,10 @@ class Trust:
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """One layer and all that was loaded for it; the loader writes it, everybody else reads."""
+    """One layer and all that was loaded for it; the loader writes it, everybody else reads.
+
+    absent: why a row that accepts the layer has no backend here.
+    """
 
     model: str
     layer: int
@@ -52,6 +56,7 @@ class Resident:
     weights: ExpertWeights | None = None
     bias: Tensor | None = None
     backends: dict[Cell, Backend] = field(default_factory=dict)
+    absent: dict[Cell, tuple[Refusal, ...]] = field(default_factory=dict)
     states: dict[Cell, State] = field(default_factory=dict)
     plans: dict[CallForm, PlanSet] = field(default_factory=dict)
     choices: dict[CallForm, tuple[Cell, ...]] = field(default_factory=dict)

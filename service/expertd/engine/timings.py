@@ -15,10 +15,18 @@ Times = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """The times of each plan, and of the router that runs before a routed one from logits."""
+    """The times of each plan, and of the router that runs before a routed one from logits.
+
+    buckets is how many were asked for: times are shorter where the budget ended before.
+    """
 
     plans: Mapping[Cell, Times] = field(default_factory=dict)
     router: Times = ()
+    buckets: int = 0
+
+    def covers(self, cells: Iterable[Cell], buckets: int) -> bool:
+        """Whether these plans were measured together at so many buckets."""
+        return set(cells) <= set(self.plans) and buckets <= self.buckets
 
     def choices(self, cells: Sequence[Cell], from_logits: bool) -> tuple[Cell, ...]:
         """The fastest of cells at each bucket, the last entry standing for all larger ones.

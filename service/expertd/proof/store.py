@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,8 @@ from expertd import __version__
 from expertd.capability.device import DeviceInfo
 from expertd.capability.row import Cell, State
 from expertd.config import cache_directory
-from expertd.core import PlanMode, QuantScheme
+from expertd.core import LayerSpec, PlanMode, QuantScheme
+from expertd.proof.files import read_entries, replace_entries
 
 if TYPE_CHECKING:
     from expertd.proof.run import Proof
@@ -58,31 +58,32 @@ class ProofStore:
 
     def states(self) -> dict[Cell, State]:
         """What earlier runs proved or saw fail."""
-        return {_cell(entry): State(entry["state"]) for entry in self._entries()}
+        return {cell_of(entry): State(entry["state"]) for entry in self._entries()}
 
     def keep(self, proofs: Iterable[Proof]) -> None:
         """Adds proofs that ran, in place of older ones of their cells."""
         ran = [_entry(proof) for proof in proofs if proof.trials]
-        cells = {_cell(entry) for entry in ran}
-        kept = [entry for entry in self._entries() if _cell(entry) not in cells]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-            json.dump({"proofs": kept + ran}, file, indent=1)
-        os.replace(file.name, self._path)
+        cells = {cell_of(entry) for entry in ran}
+        kept = [entry for entry in self._entries() if cell_of(entry) not in cells]
+        replace_entries(self._path, "proofs", kept + ran)
 
     def _entries(self) -> list[dict[str, Any]]:
-        try:
-            entries = json.loads(self._path.read_text())["proofs"]
-            return [entry for entry in entries if _cell(entry) and State(entry["state"])]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+        return [entry for entry in read_entries(self._path, "proofs") if _readable(entry)]
+
+
+def _readable(entry: dict[str, Any]) -> bool:
+    try:
+        return bool(cell_of(entry) and State(entry["state"]))
+    except (KeyError, ValueError):
+        return False
 
 
 def _entry(proof: Proof) -> dict[str, Any]:
     return {**proof.cell._asdict(), "state": proof.state, "worst": proof.worst}
 
 
-def _cell(entry: dict[str, Any]) -> Cell:
+def cell_of(entry: dict[str, Any]) -> Cell:
+    """The cell that an entry of a file names; raises KeyError or ValueError."""
     return Cell(
         str(entry["backend"]),
         str(entry["entry"]),
@@ -90,3 +91,9 @@ def _cell(entry: dict[str, Any]) -> Cell:
         str(entry["activation_quant"]),
         QuantScheme(entry["quant"]),
     )
+
+
+def shape_of(spec: LayerSpec) -> str:
+    """A name that layers share whose kernels do the same work."""
+    facts = asdict(replace(spec, routing_refusal=None))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

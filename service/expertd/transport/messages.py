@@ -35,7 +35,7 @@ def layer_info(resident: Resident) -> pb.LayerInfo:
         weights_digest=resident.digest,
         generation=resident.generation,
         queued_tokens=resident.queued_tokens,
-        plans=[_plan_info(plan) for plan in likely_plans(resident)],
+        plans=[_plan_info(plan, resident) for plan in likely_plans(resident)],
         detail=resident.detail,
     )
     if spec.routing is not None:
@@ -43,8 +43,15 @@ def layer_info(resident: Resident) -> pb.LayerInfo:
     return info
 
 
-def _plan_info(plan: Plan) -> pb.PlanInfo:
-    return pb.PlanInfo(backend=plan.backend, mode=plan.mode, entry=plan.entry, state=plan.state)
+def _plan_info(plan: Plan, resident: Resident) -> pb.PlanInfo:
+    times = resident.timings.plans.get(plan.row.cell(resident.spec.quant), ())
+    return pb.PlanInfo(
+        backend=plan.backend,
+        mode=plan.mode,
+        entry=plan.entry,
+        state=plan.state,
+        microseconds={1 << index: time for index, time in enumerate(times)},
+    )
 
 
 def _activation_info(activation: Activation) -> pb.ActivationInfo:
