@@ -8,6 +8,7 @@ LIST_LAYERS = f"/{SERVICE}/ListLayers"
 GET_LAYER = f"/{SERVICE}/GetLayer"
 GET_CAPABILITIES = f"/{SERVICE}/GetCapabilities"
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 
 DEFAULT_MAX_MESSAGE_BYTES = 256 << 20
 MESSAGE_SLACK_BYTES = 1 << 20
