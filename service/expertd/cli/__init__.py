@@ -33,6 +33,8 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command("capabilities", "expertd.cli.capabilities", "every kernel cell with its state"),
     Command("verify", "expertd.cli.verify", "prove every kernel cell that this machine can run"),
+    Command("prebuild", "expertd.cli.prebuild", "build and fetch ahead what FlashInfer needs"),
+    Command("tune", "expertd.cli.tune", "measure the plans of a checkpoint's layers anew"),
     Command("inspect", "expertd.cli.inspect", "what a checkpoint is, weighs, and where it fits"),
     Command("plan", "expertd.cli.plan", "ranges of experts for replicas, from measured load"),
     Command("quantize", "expertd.cli.quantize", "quantise the experts of a plain checkpoint"),

@@ -66,5 +66,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     kind = SimpleNamespace(capability=(10, 0), multi_processor_count=148)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: kind.capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: kind)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA B200 / test")
     return kind

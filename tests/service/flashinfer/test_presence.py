@@ -9,11 +9,10 @@ import torch
 from tests.service.flashinfer.conftest import Home
 from tests.service.trtllm.layers import layer, row_of
 
+from expertd.backends.flashinfer import modules
 from expertd.backends.flashinfer.backend import FlashInferBackend
-from expertd.backends.flashinfer_cutlass import presence as cutlass_presence
 from expertd.backends.flashinfer_cutlass.backend import Cutlass
 from expertd.backends.flashinfer_trtllm.backend import Bf16
-from expertd.backends.flashinfer_trtllm.presence import module_name
 from expertd.capability.rows.flashinfer_cutlass import ROWS as CUTLASS
 from expertd.core import PlanMode, QuantScheme
 from expertd_wire.errors import Refusal
@@ -88,14 +87,16 @@ def test_a_cpu_is_no_card(made: object) -> None:
     ]
 
 
-def test_modules_of_the_cards() -> None:
-    names = [module_name(card) for card in ((10, 0), (10, 3), (10, 7))]
-    base = "fused_moe_trtllm_sm"
-    assert names == [f"{base}100", f"{base}100", f"{base}107"]
+def test_the_h20_has_a_module_of_its_own(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the name that FlashInfer gives it, and only while FlashInfer may build."""
+    from flashinfer.jit.fused_moe import _should_enable_sm90_moe_prebuilt_d_descriptor as special
 
-
-def test_the_h20_has_a_module_of_its_own() -> None:
-    name = cutlass_presence.module_name
-    assert name((9, 0), 78, True) == "fused_moe_90_h20_prebuilt_d"
-    assert name((9, 0), 78, False) == "fused_moe_90"
-    assert name((9, 0), 132, True) == "fused_moe_90"
+    monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
+    for count, name in ((132, "fused_moe_90"), (78, "fused_moe_90_h20_prebuilt_d")):
+        card.multi_processor_count = count
+        assert modules.cutlass("90") == name and special() is (count == 78)
+        assert modules.cutlass("100") == "fused_moe_100"
+    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "0")
+    assert modules.cutlass("90") == "fused_moe_90" and not special()

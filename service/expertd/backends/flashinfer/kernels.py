@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from expertd.backends.flashinfer.modules import PREBUILD
+PREBUILD = "run: expertd prebuild, or with a copy of them: expertd prebuild --kernels DIR"
 
 LIST = "checksums.txt"
 

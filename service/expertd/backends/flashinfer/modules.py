@@ -9,10 +9,52 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 TUNER = "trtllm_utils"
 """The module whose kernel the tuner waits with before it times a tactic."""
 
+CUTLASS = {
+    "89": "fused_moe_89",
+    "90": "fused_moe_90",
+    "100": "fused_moe_100",
+    "103": "fused_moe_103",
+    "107": "fused_moe_100",
+    "120": "fused_moe_120",
+    "121": "fused_moe_120",
+}
+"""FlashInfer's name of the CUTLASS kernels that it loads on a card of that architecture."""
+
+TRTLLM = {
+    "100": "fused_moe_trtllm_sm100",
+    "103": "fused_moe_trtllm_sm100",
+    "107": "fused_moe_trtllm_sm107",
+}
+"""And of the launcher of the TRT-LLM kernels."""
+
+H20 = "fused_moe_90_h20_prebuilt_d"
+H20_MULTIPROCESSORS = 78
+
 PREBUILD = "run: expertd prebuild"
+
+
+def arch_of(device: torch.device) -> str:
+    """A card's architecture as the tables have it."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}{minor}"
+
+
+def cutlass(arch: str) -> str:
+    """The CUTLASS module for cards of an architecture on this machine.
+
+    FlashInfer has one of its own for the H20, unless it may not build, and looks at the current
+    card whatever card it is for.
+    """
+    if arch == "90" and may_build() and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        if properties.multi_processor_count == H20_MULTIPROCESSORS:
+            return H20
+    return CUTLASS[arch]
 
 
 def missing(name: str) -> str:

@@ -12,10 +12,5 @@ from expertd.backends.flashinfer import kernels, modules
 def missing(device: torch.device) -> Iterator[str]:
     """What has to be there before the first call and is not, each with what to do."""
     yield from kernels.missing()
-    if absent := modules.missing(module_name(torch.cuda.get_device_capability(device))):
+    if absent := modules.missing(modules.TRTLLM[modules.arch_of(device)]):
         yield absent
-
-
-def module_name(capability: tuple[int, int]) -> str:
-    """FlashInfer's name of the compiled launcher for a card."""
-    return "fused_moe_trtllm_sm107" if capability == (10, 7) else "fused_moe_trtllm_sm100"

@@ -80,9 +80,7 @@ PER_TENSOR = replace(
     entry="trtllm_fp8_per_tensor_scale_moe",
     quants=(QuantScheme.FP8_TENSOR,),
     activation_quant="fp8_tensor",
-    activations=PLAIN
-    | RELU2
-    | {ActivationKind.SWIGLU_STEP: _STEP._replace(since="0.7.2.post1")},
+    activations=PLAIN | RELU2 | {ActivationKind.SWIGLU_STEP: _STEP._replace(since="0.7.2.post1")},
     load="expertd.backends.flashinfer_trtllm.backend:Fp8PerTensor",
     weight_sites=("output", "input"),
     call=KernelCall(

@@ -1,0 +1,153 @@
+"""Makes what FlashInfer would otherwise build or download at the first call, for one kind of card.
+
+It runs as a process of its own, python -m expertd.backends.flashinfer.prebuild [--check]:
+FlashInfer reads FLASHINFER_CUDA_ARCH_LIST when it is imported and keeps each list's modules in a
+directory of its own. Events go to stdout, a JSON object a line; between them is what ninja says.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from expertd.backends.flashinfer import kernels, modules
+
+DOWNLOADS = 8
+"""Files fetched at a time."""
+
+KERNELS = "kernels"
+"""What the published kernels are called beside the modules."""
+
+NOTHING = (
+    "no card here that FlashInfer's fused MoE runs on: name the architectures to build for, "
+    "as in expertd prebuild --arch 90a,100a"
+)
+
+
+class Generator(NamedTuple):
+    """FlashInfer's function that says how a module is built."""
+
+    function: str
+    options: tuple[tuple[str, bool], ...] = ()
+
+
+_JIT = "flashinfer.jit.fused_moe"
+_TRTLLM = f"{_JIT}:gen_trtllm_gen_fused_moe_sm100_module"
+
+GENERATORS = {
+    modules.TUNER: Generator("flashinfer.jit.tllm_utils:gen_trtllm_utils_module"),
+    "fused_moe_89": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm89_module"),
+    "fused_moe_90": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm90_module"),
+    modules.H20: Generator(f"{_JIT}:gen_cutlass_fused_moe_sm90_module"),
+    "fused_moe_100": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm100_module"),
+    "fused_moe_103": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm103_module"),
+    "fused_moe_120": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm120_module"),
+    "fused_moe_trtllm_sm100": Generator(_TRTLLM, (("enable_rubin", False),)),
+    "fused_moe_trtllm_sm107": Generator(_TRTLLM, (("enable_rubin", True),)),
+}
+"""By the module's name."""
+
+
+def wanted(archs: Sequence[str]) -> tuple[str, ...]:
+    """The modules that both backends load on these cards, each once, the smallest first."""
+    known = [arch for arch in archs if arch in modules.CUTLASS]
+    launchers = [modules.TRTLLM[arch] for arch in known if arch in modules.TRTLLM]
+    tuner = [modules.TUNER] if known else []
+    return tuple(dict.fromkeys([*tuner, *launchers, *map(modules.cutlass, known)]))
+
+
+def launches_kernels(names: Sequence[str]) -> bool:
+    """Whether one of these modules is built from published headers, for published kernels."""
+    return not set(modules.TRTLLM.values()).isdisjoint(names)
+
+
+def targets() -> list[str]:
+    """The architectures that FlashInfer compiles for here, without letters: "90"."""
+    context = import_module("flashinfer.jit.core").current_compilation_context
+    pairs = sorted(context.TARGET_CUDA_ARCHS)
+    return [f"{major}{''.join(filter(str.isdigit, minor))}" for major, minor in pairs]
+
+
+def check(names: Sequence[str]) -> bool:
+    """Says of everything whether it is there; whether all is."""
+    found = {name: modules.missing(name) for name in names}
+    if launches_kernels(names):
+        found[KERNELS] = "; ".join(kernels.missing())
+    for name, why in found.items():
+        say("missing" if why else "there", name, why=why)
+    return not any(found.values())
+
+
+def make(names: Sequence[str]) -> None:
+    """Downloads and builds what is not there; raises what FlashInfer raises."""
+    if launches_kernels(names):
+        fetch()
+    for name in names:
+        if modules.missing(name):
+            build(name)
+        else:
+            say("there", name)
+
+
+def build(name: str) -> None:
+    """Builds one module, its compilers' words going to stdout."""
+    say("building", name)
+    spec = spec_of(name)
+    assert spec.name == name, "presence looks for this name"
+    spec.build(verbose=True, need_lock=True)
+    say("built", name)
+
+
+def spec_of(name: str) -> Any:
+    """How FlashInfer builds a module."""
+    where, _, function = GENERATORS[name].function.partition(":")
+    return getattr(import_module(where), function)(**dict(GENERATORS[name].options))
+
+
+def fetch() -> None:
+    """Downloads the published kernels that are not there; raises OSError naming what failed."""
+    _fetched(kernels.listed())
+    absent = [kernel for kernel in kernels.every() if not kernels.intact(kernel)]
+    if not absent:
+        say("there", KERNELS)
+        return
+    say("building", KERNELS)
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        for done, _ in enumerate(pool.map(_fetched, absent), start=1):
+            say("fetched", KERNELS, done=done, of=len(absent))
+    say("built", KERNELS)
+
+
+def _fetched(kernel: kernels.Kernel) -> None:
+    loader = import_module("flashinfer.jit.cubin_loader")
+    if not loader.get_artifact(kernel.path, kernel.sha256):
+        source = loader.FLASHINFER_CUBINS_REPOSITORY
+        raise OSError(f"{kernel.path} cannot be had from {source}, or its content is another one")
+
+
+def say(event: str, name: str, **more: Any) -> None:
+    print(json.dumps({"event": event, "name": name, **more}), flush=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """0 if all is there in the end, 1 if not, 2 if there is nothing to do for these cards."""
+    try:
+        names = wanted(targets())
+        if not names:
+            say("failed", "", why=NOTHING)
+            return 2
+        if "--check" in arguments:
+            return 0 if check(names) else 1
+        make(names)
+    except Exception as error:  # whatever FlashInfer raises is told, and ends this process
+        say("failed", "", why=f"{type(error).__name__}: {error}"[:2000])
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
