@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from expertd.backends.base import Backend
+from expertd.capability.device import DeviceInfo
 from expertd.capability.row import Row
 from expertd.core import LayerSpec
 from expertd.errors import NoUsablePlan
 from expertd.weights.canonical import ExpertWeights
+
+
+def torch_device(device: DeviceInfo) -> torch.device:
+    """Where the tensors of a device lie."""
+    return torch.device("cpu") if device.kind == "cpu" else torch.device("cuda", device.index or 0)
 
 
 def build(

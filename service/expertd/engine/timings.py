@@ -33,7 +33,8 @@ class Timings:
 
         cells come in the table's order: its first is the choice where nothing was measured.
         """
-        times = {cell: self._whole(cell, from_logits) for cell in cells if cell in self.plans}
+        totals = self.totals(from_logits)
+        times = {cell: totals[cell] for cell in cells if cell in totals}
         length = max(map(len, times.values()), default=0)
         if not length:
             return (cells[0],)
@@ -41,20 +42,19 @@ class Timings:
 
     def loss(self, cells: Iterable[Cell]) -> float:
         """How much slower the best of cells are than the best of all, as a mean over buckets."""
-        kept = set(cells) & set(self.plans)
-        best, among = self._fastest(self.plans), self._fastest(kept)
+        totals, kept = self.totals(from_logits=True), set(cells)
+        best = _fastest(totals.values())
+        among = _fastest(times for cell, times in totals.items() if cell in kept)
         if len(among) < len(best):
             return math.inf
         logs = [math.log(mine / least) for mine, least in zip(among, best, strict=True)]
         return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
-    def _fastest(self, cells: Iterable[Cell]) -> Times:
-        times = [self._whole(cell, from_logits=True) for cell in cells]
-        length = max(map(len, times), default=0)
-        return tuple(min(_at(t, index) for t in times) for index in range(length))
+    def totals(self, from_logits: bool) -> dict[Cell, Times]:
+        """The whole time of each plan: with the router's, where that would run first."""
+        return {cell: self._total(cell, from_logits) for cell in self.plans}
 
-    def _whole(self, cell: Cell, from_logits: bool) -> Times:
-        """A plan's times with the router's, where that would run first."""
+    def _total(self, cell: Cell, from_logits: bool) -> Times:
         times = self.plans[cell]
         if not from_logits or cell.mode is PlanMode.MONOLITHIC or not self.router:
             return times
@@ -73,6 +73,12 @@ def kept_layout(timings: Timings, layouts: Mapping[Cell, str], gain: float) -> s
         losses[layout] = timings.loss(c for c, own in layouts.items() if own in ("", layout))
     best = min(losses, key=losses.__getitem__)
     return best if losses[""] > gain * losses[best] else ""
+
+
+def _fastest(totals: Iterable[Times]) -> Times:
+    listed = list(totals)
+    length = max(map(len, listed), default=0)
+    return tuple(min(_at(times, index) for times in listed) for index in range(length))
 
 
 def _at(times: Times, index: int) -> float:

@@ -93,7 +93,8 @@ class Tuner:
         if any(cell.mode is PlanMode.MONOLITHIC for cell in rivals):
             runs[ROUTER] = partial(_route, resident)
         batch_of = partial(random_batch, spec, device=self._device)
-        seconds = BUDGET_SECONDS if len(rivals) > 1 else ALONE_SECONDS
+        thorough = len(rivals) > 1 or self._tuning.renew
+        seconds = BUDGET_SECONDS if thorough else ALONE_SECONDS
         with torch.inference_mode():
             times = race(runs, batch_of, self.buckets, self._watch, seconds)
         router = times.pop(ROUTER, ())

@@ -1,0 +1,93 @@
+"""What the tuner measured, seen from outside: in a layer's description, on disk, by command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.e2e.servers import in_process
+
+from expertd.cli import main
+from expertd.core import QuantScheme
+from expertd.weights.demo import write_demo
+from expertd_client import Client
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache directory of this process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "expertd"
+
+
+def test_a_layer_tells_its_plans_times(cache: Path) -> None:
+    with in_process("--demo", "--max-batch-tokens", "64") as (app, addresses):
+        assert app.wait_ready()
+        with Client(addresses.grpc) as client:
+            (plan,) = client.layer("demo", 1).plans
+        with httpx.Client(base_url=f"http://{addresses.http}", trust_env=False) as web:
+            told = web.get("/v1/layers/demo/0").json()["plans"][0]
+    times = dict(plan.microseconds)
+    assert 1 in times and set(times) <= {1, 2, 4, 8, 16, 32, 64}
+    assert all(time > 0 for time in times.values())
+    assert told["microseconds"] == {str(tokens): time for tokens, time in times.items()}
+    assert len(list(cache.glob("timings-*.json"))) == 1, "one table for both layers of a shape"
+
+
+def test_tuning_can_be_switched_off(cache: Path) -> None:
+    with in_process("--demo", "--tune", "off") as (app, addresses):
+        assert app.wait_ready()
+        with Client(addresses.grpc) as client:
+            (plan,) = client.layer("demo", 1).plans
+    assert not plan.microseconds and not list(cache.glob("timings-*"))
+
+
+def test_the_command_renews_the_table(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_demo(tmp_path / "model", quant=QuantScheme.BF16)
+    given = ["tune", "--model", str(tmp_path / "model"), "--device", "cpu", "--max-batch-tokens"]
+    assert main([*given, "8", "--json"]) == 0
+    (shape,) = json.loads(capsys.readouterr().out)["shapes"]
+    assert shape["layers"] == "0-1"
+    assert [bucket["tokens"] for bucket in shape["buckets"]] == [1, 2, 4, 8]
+    assert {bucket["loss"] for bucket in shape["buckets"]} == {1.0}
+    (table,) = cache.glob("timings-*.json")
+    before = json.loads(table.read_text())["shapes"]
+    assert main([*given, "8"]) == 0
+    assert "chosen / fastest" in capsys.readouterr().out
+    after = json.loads(table.read_text())["shapes"]
+    assert len(before) == len(after) == 1 and before != after, "the same shape, measured again"
+
+
+def test_a_server_reads_what_the_command_measured(cache: Path, tmp_path: Path) -> None:
+    write_demo(tmp_path / "model", quant=QuantScheme.BF16)
+    path = str(tmp_path / "model")
+    assert main(["tune", "--model", path, "--device", "cpu", "--max-batch-tokens", "4"]) == 0
+    (table,) = cache.glob("timings-*.json")
+    kept = table.read_bytes()
+    with in_process("--model", f"m={path}", "--max-batch-tokens", "4") as (app, _):
+        assert app.wait_ready()
+        (times,) = app.residents.get("m", 0).timings.plans.values()
+    assert table.read_bytes() == kept
+    assert list(times) == json.loads(kept)["shapes"][0]["plans"][0]["microseconds"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"), [(("--layers", "9"), "9"), (("--layers", "x"), "invalid")]
+)
+def test_bad_flags_are_usage_errors(
+    cache: Path,
+    tmp_path: Path,
+    extra: tuple[str, ...],
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write_demo(tmp_path / "model", quant=QuantScheme.BF16)
+    try:
+        code = main(["tune", "--model", str(tmp_path / "model"), *extra])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2 and words in capfd.readouterr().err
