@@ -1,0 +1,143 @@
+"""Who goes where: (row, slot) pairs sorted by expert and cut into blocks, all on the device.
+
+A pair is row * K + slot. Pairs of no expert held here are in no block. Sorted pairs lie without
+gaps; a block is a run of one expert's, so only its end has to be masked.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """The blocks of a call; `most` bounds their number whatever the ids are.
+
+    ids [T, K] and first, the first expert held; order [N] sorted pairs; ends [L + 1]: where each
+    expert's pairs begin, and the last end; expert and start [most], expert -1 for no block.
+    """
+
+    ids: Tensor
+    first: int
+    most: int
+    order: Tensor
+    ends: Tensor
+    expert: Tensor
+    start: Tensor
+
+
+def most_blocks(pairs: int, held: int, size: int) -> int:
+    """The most blocks of a size that pairs of so many experts can need."""
+    active = min(pairs, held)
+    return active + (pairs - active) // size
+
+
+def scratch_ints(pairs: int, held: int, size: int) -> tuple[int, int, int, int, int, int]:
+    """Elements of order, ends, expert, start, and of the sort's own counts and ranks."""
+    most = most_blocks(pairs, held, size)
+    return pairs, held + 1, most, most, triton.next_power_of_2(held + 1), pairs
+
+
+def align(ids_TK: Tensor, first: int, held: int, size: int, scratch: Tensor) -> Blocks:
+    """Sorts the pairs of ids [T, K] into blocks of size; scratch is int32, as scratch_ints says."""
+    pairs = ids_TK.numel()
+    sizes = scratch_ints(pairs, held, size)
+    order, ends, expert, start, counts, ranks = torch.split(scratch[: sum(sizes)], sizes)
+    blocks = Blocks(ids_TK, first, sizes[2], order, ends, expert, start)
+    _align[(1,)](
+        ids_TK,
+        order,
+        ends,
+        expert,
+        start,
+        counts,
+        ranks,
+        pairs,
+        held,
+        first,
+        blocks.most,
+        SIZE=size,
+        EXPERTS=triton.next_power_of_2(held + 1),
+        CHUNK=min(CHUNK, triton.next_power_of_2(pairs)),
+        num_warps=32 if pairs > CHUNK // 4 else 8,
+    )
+    return blocks
+
+
+@triton.jit
+def _align(
+    ids_ptr,
+    order_ptr,
+    ends_ptr,
+    expert_ptr,
+    start_ptr,
+    counts_ptr,
+    ranks_ptr,
+    pairs,
+    held,
+    first,
+    most,
+    SIZE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program. A pair's place among its expert's may differ from run to run: its numbers do not
+    depend on it, every pair being a row of its own until the sum over slots."""
+    lane = tl.arange(0, EXPERTS)
+    tl.store(counts_ptr + lane, tl.zeros((EXPERTS,), dtype=tl.int32))
+    tl.debug_barrier()
+    for begin in range(0, pairs, CHUNK):
+        pair, expert, mine = _pairs(ids_ptr, begin, pairs, held, first, CHUNK)
+        rank = tl.atomic_add(counts_ptr + expert, 1, mask=mine, sem="relaxed", scope="cta")
+        tl.store(ranks_ptr + pair, rank, mask=mine)
+    tl.debug_barrier()
+    # Past the first-level cache, where the atomics do not write.
+    count = tl.load(counts_ptr + lane, cache_modifier=".cg")
+    end = tl.cumsum(count, 0)
+    blocks = (count + SIZE - 1) // SIZE
+    block_end = tl.cumsum(blocks, 0)
+    tl.store(ends_ptr + lane, end - count, mask=lane <= held)
+    _cut(expert_ptr, start_ptr, lane, end - count, block_end - blocks, blocks, SIZE)
+    used = tl.sum(blocks, 0)
+    for begin in range(0, most, CHUNK):
+        index = begin + tl.arange(0, CHUNK)
+        tl.store(expert_ptr + index, -1, mask=(index >= used) & (index < most))
+    tl.debug_barrier()
+    for begin in range(0, pairs, CHUNK):
+        pair, expert, mine = _pairs(ids_ptr, begin, pairs, held, first, CHUNK)
+        place = tl.load(ends_ptr + expert, mask=mine, other=0)
+        place += tl.load(ranks_ptr + pair, mask=mine, other=0)
+        tl.store(order_ptr + place, pair, mask=mine)
+
+
+@triton.jit
+def _pairs(ids_ptr, begin, pairs, held, first, CHUNK: tl.constexpr):
+    """A chunk of pairs, their experts counted from the first held, and which are held here."""
+    pair = begin + tl.arange(0, CHUNK)
+    expert = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1) - first
+    mine = (pair < pairs) & (expert >= 0) & (expert < held)
+    return pair, tl.where(mine, expert, 0), mine
+
+
+@triton.jit
+def _cut(expert_ptr, start_ptr, expert, begin, block, blocks, SIZE: tl.constexpr):
+    """Writes each expert's blocks: a few turns for all experts at once."""
+    for turn in range(tl.max(blocks, 0)):
+        has = turn < blocks
+        tl.store(expert_ptr + block + turn, expert, mask=has)
+        tl.store(start_ptr + block + turn, begin + turn * SIZE, mask=has)
+
+
+def unsorted(ids_TK: Tensor, first: int) -> Blocks:
+    """Every pair a block of its own: what a few pairs of different experts are anyway."""
+    none = ids_TK
+    return Blocks(ids_TK, first, ids_TK.numel(), none, none, none, none)

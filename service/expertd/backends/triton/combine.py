@@ -1,0 +1,57 @@
+"""The end of a call: each row's sum over its slots, always in the same order."""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertd.backends.triton.dot import rounded
+
+COLUMNS = 1024
+
+
+def combine(parts: Tensor, ids: Tensor, out: Tensor, first: int, held: int) -> None:
+    """parts [T * K, H], ids [T, K] → out [T, H]; parts of experts not held are never read."""
+    tokens, top_k = ids.shape
+    hidden = out.shape[1]
+    columns = min(COLUMNS, triton.next_power_of_2(hidden))
+    _combine[(tokens, triton.cdiv(hidden, columns))](
+        parts,
+        ids,
+        out,
+        hidden,
+        out.stride(0),
+        first,
+        held,
+        TOP_K=top_k,
+        COLUMNS=columns,
+    )
+
+
+@triton.jit
+def _combine(
+    parts_ptr,
+    ids_ptr,
+    out_ptr,
+    hidden,
+    out_stride,
+    first,
+    held,
+    TOP_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < hidden
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for slot in range(TOP_K):
+        pair = row * TOP_K + slot
+        expert = tl.load(ids_ptr + pair) - first
+        mine = there & (expert >= 0) & (expert < held)
+        total += tl.load(parts_ptr + pair * hidden + column, mask=mine, other=0.0).to(tl.float32)
+    tl.store(
+        out_ptr + row * out_stride + column, rounded(total, out_ptr.dtype.element_ty), mask=there
+    )

@@ -1,0 +1,209 @@
+"""The two GEMMs of the experts: the activation ends the first, the router weight the second."""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from expertd.backends.triton.activation import activate
+from expertd.backends.triton.dot import rounded, upright
+from expertd.backends.triton.loop import accumulate
+from expertd.backends.triton.quantize import quantized, through_mxfp8, to_e4m3
+
+
+@triton.jit
+def first_gemm(
+    rows_ptr, row_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
+    router_ptr, inner_ptr, inner_scale_ptr,
+    ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, top_k, most,
+    width, inner, alpha, beta, limit,
+    KIND: tl.constexpr, GATED: tl.constexpr, ON_INPUT: tl.constexpr, INNER: tl.constexpr,
+    SORTED: tl.constexpr, END_SCALE: tl.constexpr, ROW_SCALED: tl.constexpr, BIASED: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
+    EVEN: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """rows [T, H] x w13 → inner [N, I], a row for each pair in the blocks' order.
+
+    INNER: how inner is stored: "plain", "split" (even columns first), "fixed" (e4m3 by one scale
+    an expert), "groups" (e4m3, a scale for 128 columns) or "mxfp8" (rounded to what mxfp8 holds).
+    """
+    block, tile = _place(most, (inner + N - 1) // N, TOGETHER)
+    expert, row, there, pair = _block(
+        block, ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M
+    )
+    if expert < 0:
+        return
+    HALVES: tl.constexpr = 2 if GATED else 1
+    PACKED: tl.constexpr = 2 if FORMAT == "e2m1" or FORMAT == "int4" else 1
+    column = tile * N + tl.arange(0, N)
+    inside = column < inner
+    n = tl.where(inside, column, inner - 1)
+    stored = width // PACKED
+    scales = _scales_of_half(inner, width, GROUP)
+    token = (pair // top_k).to(tl.int64)
+    up, gate = accumulate(
+        rows_ptr, row_scale_ptr, token,
+        weight_ptr + expert * HALVES * inner * stored, scale_ptr + expert * HALVES * scales,
+        n, tile * N,
+        inner.to(tl.int64) * stored, scales, width,
+        HALVES, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE, M, N, K, EVEN, SWAPPED,
+    )  # fmt: skip
+    factor = tl.full((M,), 1.0, dtype=tl.float32)
+    if ROW_SCALED:
+        factor *= tl.load(row_scale_ptr + token)
+    if ON_INPUT:
+        factor *= tl.load(router_ptr + pair)
+    place = expert * HALVES
+    up = _finished(up, factor, end_scale_ptr, bias_ptr, place, inner, n, END_SCALE, BIASED, SWAPPED)
+    if GATED:
+        gate = _finished(
+            gate, factor, end_scale_ptr, bias_ptr, place + 1, inner, n, END_SCALE, BIASED, SWAPPED
+        )
+    else:
+        gate = up
+    values = activate(up, gate, alpha, beta, limit, KIND)
+    _store_inner(
+        inner_ptr, inner_scale_ptr, row, there, column, inside, inner, values, expert, tile,
+        INNER, M, N,
+    )  # fmt: skip
+
+
+@triton.jit
+def second_gemm(
+    inner_ptr, inner_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
+    router_ptr, parts_ptr,
+    ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, most,
+    width, hidden,
+    ON_INPUT: tl.constexpr,
+    SORTED: tl.constexpr, END_SCALE: tl.constexpr, ROW_SCALED: tl.constexpr, BIASED: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
+    EVEN: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """inner [N, I] x w2 → parts [T * K, H], each pair's weighted part of its row's sum."""
+    block, tile = _place(most, (hidden + N - 1) // N, TOGETHER)
+    expert, row, there, pair = _block(
+        block, ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M
+    )
+    if expert < 0:
+        return
+    PACKED: tl.constexpr = 2 if FORMAT == "e2m1" or FORMAT == "int4" else 1
+    column = tile * N + tl.arange(0, N)
+    inside = column < hidden
+    n = tl.where(inside, column, hidden - 1)
+    total, _ = accumulate(
+        inner_ptr, inner_scale_ptr, row,
+        weight_ptr + expert * hidden * (width // PACKED),
+        scale_ptr + expert * _scales_of_half(hidden, width, GROUP), n, tile * N,
+        0, 0, width,
+        1, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE, M, N, K, EVEN, SWAPPED,
+    )  # fmt: skip
+    factor = tl.full((M,), 1.0, dtype=tl.float32)
+    if ROW_SCALED:
+        factor *= tl.load(inner_scale_ptr + row)
+    total = _finished(
+        total, factor, end_scale_ptr, bias_ptr, expert, hidden, n, END_SCALE, BIASED, SWAPPED
+    )
+    if not ON_INPUT:
+        total *= tl.load(router_ptr + pair)[:, None]
+    place = parts_ptr + pair.to(tl.int64)[:, None] * hidden + column[None, :]
+    mask = there[:, None] & inside[None, :]
+    tl.store(place, rounded(total, parts_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _place(most, tiles, TOGETHER: tl.constexpr):
+    """This program's block and tile; TOGETHER blocks in turn share a tile of the weights."""
+    program = tl.program_id(0)
+    begin = program // (TOGETHER * tiles) * TOGETHER
+    within = program % (TOGETHER * tiles)
+    blocks = tl.minimum(most - begin, TOGETHER)
+    return begin + within % blocks, within // blocks
+
+
+@triton.jit
+def _block(
+    block, ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held,
+    SORTED: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """A block's expert (-1: none), rows of inner, which of them are there, and their pairs.
+
+    Rows that are not there repeat one that is. Not SORTED, a block is one pair.
+    """
+    lane = tl.arange(0, M)
+    if SORTED:
+        expert = tl.load(expert_ptr + block)
+        begin = tl.load(start_ptr + block)
+        end = tl.load(ends_ptr + tl.maximum(expert, 0) + 1)
+        there = begin + lane < end
+        row = tl.where(there, begin + lane, begin)
+        pair = tl.load(order_ptr + row, mask=(lane >= 0) & (expert >= 0), other=0)
+    else:
+        expert = tl.load(ids_ptr + block) - first_expert
+        expert = tl.where((expert >= 0) & (expert < held), expert, -1)
+        there = lane < 1
+        row = block + lane * 0
+        pair = row
+    return expert.to(tl.int64), row.to(tl.int64), there, pair
+
+
+@triton.jit
+def _scales_of_half(rows, width, GROUP: tl.constexpr):
+    """How many scales of the loop a half of so many rows has."""
+    if GROUP == 128:
+        count = ((rows + 127) // 128) * ((width + 127) // 128)
+    elif GROUP > 0:
+        count = rows * (width // GROUP)
+    else:
+        count = 0
+    return count
+
+
+@triton.jit
+def _finished(
+    total, factor, end_scale_ptr, bias_ptr, half, rows, n,
+    END_SCALE: tl.constexpr, BIASED: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """A half's total upright, with the scales that follow the loop and the bias."""
+    total = upright(total, SWAPPED) * factor[:, None]
+    if END_SCALE == "half":
+        total *= tl.load(end_scale_ptr + half)
+    elif END_SCALE == "row":
+        total *= tl.load(end_scale_ptr + half * rows + n)[None, :]
+    if BIASED:
+        total += tl.load(bias_ptr + half * rows + n).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def _store_inner(
+    ptr, scale_ptr, row, there, column, inside, inner, values, expert, tile,
+    INNER: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    start = ptr + row[:, None] * inner
+    mask = there[:, None] & inside[None, :]
+    if INNER == "split":
+        even, odd = tl.split(tl.reshape(values, (M, N // 2, 2)))
+        half = tile * (N // 2) + tl.arange(0, N // 2)
+        mask = there[:, None] & (half < inner // 2)[None, :]
+        tl.store(start + half[None, :], rounded(even, ptr.dtype.element_ty), mask=mask)
+        tl.store(start + inner // 2 + half[None, :], rounded(odd, ptr.dtype.element_ty), mask=mask)
+    elif INNER == "groups":
+        tl.static_assert(N == 128, "a tile is one group wide")
+        codes, scale = quantized(tl.where(mask, values, 0.0))
+        tl.store(start + column[None, :], codes, mask=mask)
+        tl.store(scale_ptr + row * ((inner + 127) // 128) + tile, scale, mask=there)
+    elif INNER == "fixed":
+        codes = to_e4m3(values / tl.load(scale_ptr + expert))
+        tl.store(start + column[None, :], codes, mask=mask)
+    elif INNER == "mxfp8":
+        grouped = tl.reshape(values, (M * (N // 32), 32))
+        values = rounded(tl.reshape(through_mxfp8(grouped), (M, N)), ptr.dtype.element_ty)
+        tl.store(start + column[None, :], values, mask=mask)
+    else:
+        tl.store(start + column[None, :], rounded(values, ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,157 @@
+"""Calls of the two GEMMs: a matrix, a tile and a call's tensors as the kernels' arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from expertd.backends.triton.align import Blocks
+from expertd.backends.triton.experts import first_gemm, second_gemm
+from expertd.backends.triton.tiles import Tile
+from expertd.backends.triton.weights import Kind, Matrix
+
+LANGUAGE = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
+ROWS: dict[Kind, str] = {
+    "plain": "plain",
+    "mxfp8": "plain",
+    "fixed": "fp8",
+    "rows": "fp8",
+    "groups": "fp8_groups",
+}
+INNER: dict[Kind, str] = {
+    "plain": "plain",
+    "rows": "plain",
+    "mxfp8": "mxfp8",
+    "fixed": "fixed",
+    "groups": "groups",
+}
+"""How the first GEMM stores what a kind of second one reads ("rows": quantised after it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A GEMM's input [R, K] and its scales; split: its even columns lie before its odd ones.
+
+    plain: it is still to be quantised, to groups, inside the GEMM.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+    split: bool = False
+    plain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What is the same in both GEMMs of a call; router [T, K] are the weights."""
+
+    blocks: Blocks
+    sorted: bool
+    held: int
+    router: Tensor
+    on_input: bool
+    compute: torch.dtype
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        blocks = self.blocks
+        return {
+            "router_ptr": self.router,
+            "ids_ptr": blocks.ids,
+            "order_ptr": blocks.order,
+            "ends_ptr": blocks.ends,
+            "expert_ptr": blocks.expert,
+            "start_ptr": blocks.start,
+            "first_expert": blocks.first,
+            "held": self.held,
+            "most": blocks.most,
+            "SORTED": self.sorted,
+            "ON_INPUT": self.on_input,
+        }
+
+
+def run_first(
+    site: Site,
+    matrix: Matrix,
+    tile: Tile,
+    rows: Rows,
+    inner: Rows,
+    inner_kind: Kind,
+    activation: dict[str, Any],
+    gated: bool,
+) -> None:
+    """rows [T, H] → inner [N, I] in the form that the second GEMM's kind asks for."""
+    width = rows.values.shape[1]
+    columns = inner.values.shape[1]
+    first_gemm[(site.blocks.most * triton.cdiv(columns, tile.n),)](
+        inner_ptr=inner.values,
+        inner_scale_ptr=_or(inner.scale, inner.values),
+        top_k=site.blocks.ids.shape[1],
+        inner=columns,
+        GATED=gated,
+        INNER="split" if inner.split else INNER[inner_kind],
+        **activation,
+        **site.arguments,
+        **_arguments(matrix, tile, rows, width, site.compute),
+    )
+
+
+def run_second(site: Site, matrix: Matrix, tile: Tile, inner: Rows, parts: Tensor) -> None:
+    """inner [N, I] → parts [T * K, H], weighted."""
+    width, hidden = inner.values.shape[1], parts.shape[1]
+    arguments = _arguments(matrix, tile, inner, width, site.compute)
+    second_gemm[(site.blocks.most * triton.cdiv(hidden, tile.n),)](
+        inner_ptr=arguments.pop("rows_ptr"),
+        inner_scale_ptr=arguments.pop("row_scale_ptr"),
+        parts_ptr=parts,
+        hidden=hidden,
+        **site.arguments,
+        **arguments,
+    )
+
+
+def _arguments(
+    matrix: Matrix, tile: Tile, rows: Rows, width: int, compute: torch.dtype
+) -> dict[str, Any]:
+    """What a GEMM is told of its matrix, its tile and its input."""
+    form = matrix.format
+    return {
+        "rows_ptr": rows.values,
+        "row_scale_ptr": _or(rows.scale, rows.values),
+        "weight_ptr": matrix.weight,
+        "scale_ptr": _or(matrix.scale, matrix.weight),
+        "end_scale_ptr": _or(matrix.end_scale, matrix.weight),
+        "bias_ptr": _or(matrix.bias, matrix.weight),
+        "width": width,
+        "END_SCALE": form.end,
+        "ROW_SCALED": matrix.kind == "rows",
+        "BIASED": matrix.bias is not None,
+        "FORMAT": form.name,
+        "GROUP": form.group,
+        "SCALE": form.scale,
+        "ROWS": "to_groups" if rows.plain else ROWS[matrix.kind],
+        "SPLIT": rows.split,
+        "COMPUTE": LANGUAGE[torch.float8_e4m3fn if matrix.fp8 else compute],
+        "M": tile.m,
+        "N": tile.n,
+        "K": tile.k,
+        "TOGETHER": tile.together,
+        "EVEN": width % tile.k == 0,
+        "SWAPPED": tile.swapped,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A tensor, or any other where the kernel does not read it."""
+    return other if tensor is None else tensor

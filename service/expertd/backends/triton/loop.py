@@ -1,0 +1,159 @@
+"""The K loop that both GEMMs run: rows times one or two matrices of an expert.
+
+FORMAT  how the weights are stored: "plain" is multiplied as it is (bf16, fp16, or fp8 with fp8
+        rows), "e4m3" is decoded, "e2m1" and "int4" too, two values a byte
+GROUP   how many neighbours along K share a weight scale in the loop: 0 none, 128 blocks (128 rows
+        share them too, the sum is scaled), 16 or 32 groups (the values are scaled)
+ROWS    what the rows are: "plain" (cast to COMPUTE), "fp8" (scaled after the loop, if at all),
+        "fp8_groups" (a scale for 128 neighbours), "to_groups" (made so here, from plain rows)
+SPLIT   rows of packed weights: whether the even columns lie before the odd ones in memory
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from expertd.backends.triton.decode import decode, decode_pair, decode_scale, times_groups
+from expertd.backends.triton.dot import multiply, nothing, rounded, scaled
+from expertd.backends.triton.quantize import quantized
+
+
+@triton.jit
+def accumulate(
+    rows_ptr,
+    row_scale_ptr,
+    row,
+    weight_ptr,
+    scale_ptr,
+    n,
+    begin,
+    half_weights,
+    half_scales,
+    width,
+    HALVES: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    EVEN: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """rows[row] [M, width] x weights[n] [N, width]^T, one total for each half of the matrix.
+
+    weight_ptr and scale_ptr are the expert's; half_weights and half_scales are how far the second
+    half is from the first. row and n are in bounds everywhere, begin is the first n. EVEN: K
+    divides width.
+    """
+    first = nothing(M, N, SWAPPED)
+    second = nothing(M, N, SWAPPED)
+    for k in range(0, width, K):
+        if FORMAT == "e2m1" or FORMAT == "int4":
+            even, odd = _row_pairs(rows_ptr, row, k, width, SPLIT, COMPUTE, K, EVEN)
+            row_scale = 1.0
+        else:
+            even, row_scale = _rows(rows_ptr, row_scale_ptr, row, k, width, ROWS, COMPUTE, K, EVEN)
+            odd = even
+        first = _add(
+            first, even, odd, row_scale, weight_ptr, scale_ptr, n, begin, k, width,
+            FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED,
+        )  # fmt: skip
+        if HALVES == 2:
+            second = _add(
+                second, even, odd, row_scale,
+                weight_ptr + half_weights, scale_ptr + half_scales, n, begin, k, width,
+                FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED,
+            )  # fmt: skip
+    return first, second
+
+
+@triton.jit
+def _add(
+    total, even, odd, row_scale, weight_ptr, scale_ptr, n, begin, k, width,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """total + one K step of one half."""
+    if FORMAT == "e2m1" or FORMAT == "int4":
+        codes = _tile(weight_ptr, n, k // 2, width // 2, K // 2, EVEN)
+        scale = _group_scales(scale_ptr, n, k, width, GROUP, SCALE, K, EVEN)
+        low, high = decode_pair(codes, FORMAT)
+        total = multiply(even, rounded(times_groups(low, scale), COMPUTE), total, SWAPPED)
+        total = multiply(odd, rounded(times_groups(high, scale), COMPUTE), total, SWAPPED)
+    else:
+        values = decode(_tile(weight_ptr, n, k, width, K, EVEN), FORMAT)
+        if GROUP == 128:
+            tl.static_assert(K == 128 and N <= 128, "a tile is one block wide and at most one high")
+            part = multiply(even, rounded(values, COMPUTE), nothing(M, N, SWAPPED), SWAPPED)
+            blocks = (width + 127) // 128
+            weight_scale = tl.load(scale_ptr + begin // 128 * blocks + k // 128)
+            total += scaled(part, row_scale, weight_scale, SWAPPED)
+        elif GROUP == 32:
+            scale = _group_scales(scale_ptr, n, k, width, GROUP, SCALE, K, EVEN)
+            total = multiply(even, rounded(times_groups(values, scale), COMPUTE), total, SWAPPED)
+        else:
+            total = multiply(even, rounded(values, COMPUTE), total, SWAPPED)
+    return total
+
+
+@triton.jit
+def _tile(ptr, row, k, width, K: tl.constexpr, EVEN: tl.constexpr):
+    """[rows, K] of a matrix from column k on; beyond its width, zeros."""
+    column = k + tl.arange(0, K)
+    place = ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+    return tl.load(place) if EVEN else tl.load(place, mask=(column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def _rows(
+    ptr, scale_ptr, row, k, width,
+    ROWS: tl.constexpr, COMPUTE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The rows' tile in the dtype that is multiplied, and its scale for this step."""
+    tile = _tile(ptr, row, k, width, K, EVEN)
+    scale = 1.0
+    if ROWS == "plain":
+        tile = rounded(tile, COMPUTE)
+    elif ROWS == "to_groups":
+        tile, scale = quantized(tile.to(tl.float32))
+    elif ROWS == "fp8_groups":
+        scale = tl.load(scale_ptr + row * ((width + 127) // 128) + k // 128)
+    return tile, scale
+
+
+@triton.jit
+def _row_pairs(
+    ptr, row, k, width,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The even and the odd columns of a step, for weights that come in such pairs."""
+    half = k // 2 + tl.arange(0, K // 2)
+    start = ptr + row.to(tl.int64)[:, None] * width
+    if SPLIT:
+        even = start + half[None, :]
+        odd = even + width // 2
+    else:
+        even = start + 2 * half[None, :]
+        odd = even + 1
+    if EVEN:
+        low, high = tl.load(even), tl.load(odd)
+    else:
+        there = (half < width // 2)[None, :]
+        low, high = tl.load(even, mask=there, other=0.0), tl.load(odd, mask=there, other=0.0)
+    return rounded(low, COMPUTE), rounded(high, COMPUTE)
+
+
+@triton.jit
+def _group_scales(
+    ptr, n, k, width,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """[N, K / GROUP] float32: the scales of a step's groups; beyond the width, whatever."""
+    return decode_scale(_tile(ptr, n, k // GROUP, width // GROUP, K // GROUP, EVEN), SCALE)
