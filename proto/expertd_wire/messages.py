@@ -25,6 +25,18 @@ class ForwardCall:
     request_id: str = ""
     priority: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        tensors = (
+            self.hidden_states,
+            self.router_logits,
+            self.topk_ids,
+            self.topk_weights,
+            self.hidden_states_scale,
+        )
+        return sum(len(tensor.data) for tensor in tensors if tensor is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardReply:

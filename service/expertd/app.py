@@ -19,9 +19,10 @@ from expertd.capability.device import DeviceInfo, detect
 from expertd.capability.drift import drift
 from expertd.config import Settings, cache_directory
 from expertd.core.buckets import token_buckets
-from expertd.engine.batcher import Budget
 from expertd.engine.engine import Engine, EngineOptions
+from expertd.engine.ledger import Budget
 from expertd.engine.loader import Loader
+from expertd.engine.policy import Rules
 from expertd.engine.resident import LayerState, Residents, Trust
 from expertd.engine.timing_store import TimingStore
 from expertd.engine.tuner import Tuner, Tuning
@@ -184,11 +185,12 @@ def _guard(settings: Settings) -> Guard:
 
 
 def _options(settings: Settings) -> EngineOptions:
-    budget = Budget(
-        settings.max_batch_tokens, settings.max_queued_tokens, settings.max_queued_bytes
+    budget = Budget(settings.max_queued_tokens, settings.max_queued_bytes)
+    rules = Rules(
+        settings.max_batch_tokens, settings.batch_delay_us * 1000, not settings.batch_invariant
     )
     pin = "" if settings.backend == "auto" else settings.backend
-    return EngineOptions(settings.max_call_tokens, pin, budget)
+    return EngineOptions(settings.max_call_tokens, pin, budget, rules)
 
 
 def _tuning(settings: Settings) -> Tuning:

@@ -140,6 +140,10 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("max_call_tokens", number(1, 1 << 24), 65536, "most rows of one call", "ROWS"),
     Setting("max_batch_tokens", number(1, 1 << 24), 8192, "most rows of one launch", "ROWS"),
+    Setting(
+        "batch_delay_us", number(0, 1e6), 0, "let a batch form so long at most", "MICROSECONDS"
+    ),
+    Setting("batch_invariant", parse_flag, False, "never merge calls: results never depend on it"),
     Setting("max_queued_tokens", number(1, 1 << 30), 65536, "most rows that wait", "ROWS"),
     Setting("max_queued_bytes", number(1 << 10, 1 << 40), 1 << 30, "most bytes that wait", "BYTES"),
     Setting("max_concurrent_calls", number(1, 4096), 64, "most calls at once", "CALLS"),
@@ -184,6 +188,8 @@ class Settings:
     max_message_bytes: int
     max_call_tokens: int
     max_batch_tokens: int
+    batch_delay_us: int
+    batch_invariant: bool
     max_queued_tokens: int
     max_queued_bytes: int
     max_concurrent_calls: int

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 
-from expertd.engine.policy import choose
+from expertd.engine.drain import DrainRate
+from expertd.engine.ledger import Budget, Full, Ledger
+from expertd.engine.policy import Rules, choose
 from expertd.engine.ticket import Ticket
 from expertd.errors import Cancelled, DeadlineExceeded, ExpertdError, Overloaded, Unavailable
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What may wait or be merged at most."""
-
-    max_batch_tokens: int = 8192
-    max_queued_tokens: int = 65536
-    max_queued_bytes: int = 1 << 30
-
-
 class Batcher:
-    """Takes tickets from any thread, gives batches to one; never waits while the device is idle."""
+    """Takes tickets from any thread, gives batches to one; never waits while the device is idle.
 
-    def __init__(self, budget: Budget) -> None:
-        self._budget = budget
-        self._queue: list[Ticket] = []
-        self._tokens = 0
-        self._bytes = 0
+    A ticket with pieces is admitted as a whole and queued as its pieces.
+    """
+
+    def __init__(self, budget: Budget, rules: Rules) -> None:
+        self._rules = rules
+        self._queue: dict[Ticket, None] = {}
+        self._ledger = Ledger(budget)
+        self._rate = DrainRate()
+        self._overtaken = 0
+        self._first_deadline = math.inf
         self._closed = ""
         self._changed = threading.Condition()
 
@@ -36,34 +35,44 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise unavailable(self._closed)
-            self._admit(ticket)
-            self._queue.append(ticket)
-            self._count(ticket, +1)
+            self._make_room(ticket)
+            for part in ticket.parts:
+                self._queue[part] = None
+                self._ledger.enter(part)
+                part.resident.queued_tokens += part.tokens
+            if ticket.deadline is not None and ticket.deadline < self._first_deadline:
+                self._first_deadline = ticket.deadline
             self._changed.notify()
 
     def cancel(self, ticket: Ticket) -> None:
-        """Forgets a ticket that nobody waits for; one that already runs is left to run."""
+        """Forgets a ticket that nobody waits for; what already runs is left to run."""
         with self._changed:
-            if ticket in self._queue:
-                late = ticket.expired(time.monotonic())
-                self._drop(ticket, _late(ticket) if late else Cancelled("the caller left"))
+            for part in ticket.parts:
+                if part in self._queue:
+                    late = part.expired(time.monotonic())
+                    self._drop(part, _late(part) if late else Cancelled("the caller left"))
 
     def next_batch(self) -> list[Ticket]:
         """Waits for work; an empty list means that the batcher is closed and drained."""
         with self._changed:
             while True:
                 self._drop_expired()
-                if batch := self._take():
+                batch, wait_ns = self._take()
+                if batch:
                     return batch
                 if self._closed and not self._queue:
                     return []
                 if not self._queue:
+                    self._rate.idle()
                     self._changed.wait()
+                elif wait_ns:
+                    self._changed.wait(wait_ns / 1e9)
 
     def close(self, why: str) -> None:
-        """Refuses new tickets, saying why; those already queued still run."""
+        """Refuses new tickets, saying why; those already queued run without further delay."""
         with self._changed:
             self._closed = why
+            self._rules = replace(self._rules, delay_ns=0)
             self._changed.notify_all()
 
     def fail_all(self, why: str) -> None:
@@ -74,40 +83,52 @@ class Batcher:
                 self._drop(ticket, unavailable(why))
             self._changed.notify_all()
 
-    def _admit(self, ticket: Ticket) -> None:
-        over_tokens = self._tokens + ticket.tokens > self._budget.max_queued_tokens
-        over_bytes = self._bytes + ticket.nbytes > self._budget.max_queued_bytes
-        if self._queue and (over_tokens or over_bytes):
-            limit = "--max-queued-tokens" if over_tokens else "--max-queued-bytes"
-            raise Overloaded(
-                f"{self._tokens} tokens are queued ({limit}); retry later or elsewhere"
-            )
+    def _make_room(self, ticket: Ticket) -> None:
+        try:
+            victims = self._ledger.make_room(ticket, self._queue)
+        except Full as full:
+            raise self._overloaded(str(full), full.tokens) from None
+        for victim in victims:
+            why = "this call was queued beyond its client's share, and others need the room"
+            self._drop(victim, self._overloaded(why, victim.tokens))
 
-    def _take(self) -> list[Ticket]:
+    def _overloaded(self, why: str, tokens: int) -> Overloaded:
+        seconds = self._rate.seconds(tokens)
+        text = f"{why}; retry in {seconds:.3g} s or elsewhere"
+        return Overloaded(text, retry_seconds=seconds)
+
+    def _take(self) -> tuple[list[Ticket], int]:
         """The next batch without those whose callers have left; from here on none can cancel."""
-        batch = choose(self._queue, self._budget.max_batch_tokens)
-        for ticket in batch:
+        now_ns = time.monotonic_ns()
+        choice = choose(tuple(self._queue), now_ns, self._rules, self._overtaken)
+        self._overtaken = choice.overtaken
+        for ticket in choice.batch:
             self._remove(ticket)
-        return [ticket for ticket in batch if ticket.future.set_running_or_notify_cancel()]
+        batch = [t for t in choice.batch if t.future.set_running_or_notify_cancel()]
+        if batch:
+            self._rate.took(sum(ticket.tokens for ticket in batch), now_ns)
+        return batch, choice.wait_ns
 
     def _drop_expired(self) -> None:
         now = time.monotonic()
+        if now < self._first_deadline:
+            return
         for ticket in [t for t in self._queue if t.expired(now)]:
             self._drop(ticket, _late(ticket))
+        deadlines = (t.deadline for t in self._queue if t.deadline is not None)
+        self._first_deadline = min(deadlines, default=math.inf)
 
     def _drop(self, ticket: Ticket, error: ExpertdError) -> None:
-        self._remove(ticket)
-        if ticket.future.set_running_or_notify_cancel():
-            ticket.future.set_exception(error)
+        """Fails a ticket if it still waits; the pieces of one call drag each other along."""
+        if ticket in self._queue:
+            self._remove(ticket)
+            if ticket.future.set_running_or_notify_cancel():
+                ticket.future.set_exception(error)
 
     def _remove(self, ticket: Ticket) -> None:
-        self._queue.remove(ticket)
-        self._count(ticket, -1)
-
-    def _count(self, ticket: Ticket, sign: int) -> None:
-        self._tokens += sign * ticket.tokens
-        self._bytes += sign * ticket.nbytes
-        ticket.resident.queued_tokens += sign * ticket.tokens
+        del self._queue[ticket]
+        self._ledger.leave(ticket)
+        ticket.resident.queued_tokens -= ticket.tokens
 
 
 def _late(ticket: Ticket) -> DeadlineExceeded:

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from expertd.capability.row import Row
-from expertd.core import CallForm
 from expertd.engine.admission import admit
-from expertd.engine.batcher import Batcher, Budget
+from expertd.engine.batcher import Batcher
 from expertd.engine.choice import choose_backend
 from expertd.engine.executor import Executor
+from expertd.engine.ledger import Budget
 from expertd.engine.observer import Observer
+from expertd.engine.policy import Rules
 from expertd.engine.resident import Resident, Residents
+from expertd.engine.split import split
 from expertd.engine.ticket import Ticket
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireTensor
@@ -22,11 +24,12 @@ from expertd_wire.tensors import WireTensor
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What one call and the queue may hold; pin is the backend of calls that name none."""
+    """What one call, the queue and a batch may hold; pin is the backend of calls without one."""
 
     max_call_tokens: int = 65536
     pin: str = ""
     budget: Budget = Budget()
+    rules: Rules = Rules()
 
 
 class Engine:
@@ -37,27 +40,32 @@ class Engine:
     ) -> None:
         self.residents = residents
         self._options = options
-        self._batcher = Batcher(options.budget)
+        self._batcher = Batcher(options.budget, options.rules)
         self._executor = Executor(self._batcher, device, observer)
         self._draining = False
 
     def start(self) -> None:
         self._executor.start()
 
-    def submit(self, call: ForwardCall, carrier: str, deadline: float | None) -> Ticket:
+    def submit(
+        self, call: ForwardCall, carrier: str, deadline: float | None, client: str = ""
+    ) -> Ticket:
         """Admits and queues a call; its future gets the reply or one of our errors.
 
         Raises whatever can be told at once: NotFound, Unavailable, InvalidArgument, NoUsablePlan,
-        Overloaded. deadline is a time.monotonic().
+        Overloaded. deadline is a time.monotonic(); client is whose share of the queue this takes.
         """
         resident = self.residents.get(call.model, call.layer)
         resident.require_ready()
         form = admit(resident.spec, call, self._options.max_call_tokens, self._pin_for(resident))
         backend = choose_backend(resident, form)
-        ticket = _ticket(call, resident, form, deadline, carrier)
-        if ticket.tokens == 0:
+        assert call.hidden_states is not None, "admit() has seen it"
+        tokens = call.hidden_states.shape[0]
+        ticket = Ticket(call, resident, form, tokens, call.nbytes, deadline, carrier, client)
+        if tokens == 0:
             ticket.future.set_result(_empty_reply(ticket, backend.row))
         else:
+            split(ticket, self._options.rules.max_batch_tokens, self._batcher.cancel)
             self._batcher.submit(ticket)
         return ticket
 
@@ -87,21 +95,6 @@ class Engine:
         self._draining = True
         self._batcher.close("draining")
         return self._executor.join(seconds)
-
-
-def _ticket(
-    call: ForwardCall, resident: Resident, form: CallForm, deadline: float | None, carrier: str
-) -> Ticket:
-    tensors = (
-        call.hidden_states,
-        call.hidden_states_scale,
-        call.router_logits,
-        call.topk_ids,
-        call.topk_weights,
-    )
-    assert call.hidden_states is not None, "admit() has seen it"
-    nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    return Ticket(call, resident, form, call.hidden_states.shape[0], nbytes, deadline, carrier)
 
 
 def _empty_reply(ticket: Ticket, row: Row) -> ForwardReply:

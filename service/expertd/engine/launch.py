@@ -151,4 +151,4 @@ def _first_fault(ticket: Ticket, bad_T: Tensor | None, begin: int, end: int) -> 
     if not len(faulty):
         return None
     row = int(faulty[0])
-    return fault_error(int(bad_T[begin + row]), row, ticket.resident.spec)
+    return fault_error(int(bad_T[begin + row]), ticket.first_row + row, ticket.resident.spec)

@@ -15,7 +15,8 @@ from expertd_wire.messages import ForwardCall, ForwardReply
 class Ticket:
     """A call, where it goes, and the future that its carrier waits on.
 
-    deadline and arrived_ns are on the monotonic clock; backend is the plan's, chosen at admission.
+    deadline and arrived_ns are on the monotonic clock; client is whose share of the queue it takes.
+    A call too large for one launch has pieces; a piece begins at first_row of its call.
     """
 
     call: ForwardCall
@@ -25,13 +26,21 @@ class Ticket:
     nbytes: int
     deadline: float | None
     carrier: str
+    client: str = ""
     future: Future[ForwardReply] = field(default_factory=Future)
     arrived_ns: int = field(default_factory=time.monotonic_ns)
+    pieces: tuple[Ticket, ...] = ()
+    first_row: int = 0
 
     @property
     def key(self) -> tuple[int, CallForm]:
         """Calls of one key may share a batch."""
         return (self.resident.serial, self.form)
+
+    @property
+    def parts(self) -> tuple[Ticket, ...]:
+        """What is queued for this call: its pieces, or itself."""
+        return self.pieces or (self,)
 
     @property
     def priority(self) -> int:

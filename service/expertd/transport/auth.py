@@ -53,24 +53,28 @@ class Guard:
 
     tokens: tuple[tuple[bytes, frozenset[Scope]], ...] = ()
 
-    def allow(self, scope: Scope | None, authorization: str) -> None:
-        """Raises Unauthenticated without a known token, PermissionDenied without the scope."""
-        if scope is OPEN or not self.tokens:
-            return
-        scopes = self._scopes(authorization)
-        if scopes is None:
-            raise Unauthenticated("send 'authorization: Bearer TOKEN' with a token of this server")
-        if scope not in scopes:
-            raise PermissionDenied(f"this token lacks the scope {scope}")
+    def allow(self, scope: Scope | None, authorization: str) -> str:
+        """The name of the token presented, "" if none is needed.
 
-    def _scopes(self, authorization: str) -> frozenset[Scope] | None:
-        """The scopes of a presented token; every known token is compared, in constant time."""
+        Raises Unauthenticated without a known token, PermissionDenied without the scope.
+        """
+        if scope is OPEN or not self.tokens:
+            return ""
+        number = self._find(authorization)
+        if number is None:
+            raise Unauthenticated("send 'authorization: Bearer TOKEN' with a token of this server")
+        if scope not in self.tokens[number][1]:
+            raise PermissionDenied(f"this token lacks the scope {scope}")
+        return f"token {number}"
+
+    def _find(self, authorization: str) -> int | None:
+        """Which token is presented; every known token is compared, in constant time."""
         kind, _, token = authorization.partition(" ")
         presented = _digest(token.strip())
         found = None
-        for known, scopes in self.tokens:
+        for number, (known, _) in enumerate(self.tokens):
             if hmac.compare_digest(known, presented):
-                found = scopes
+                found = number
         return found if kind.lower() == "bearer" else None
 
 

@@ -90,10 +90,12 @@ class Desk:
         finally:
             self.end(record)
 
-    def submit(self, record: Record, call: ForwardCall, deadline: float | None) -> Ticket:
+    def submit(
+        self, record: Record, call: ForwardCall, deadline: float | None, client: str
+    ) -> Ticket:
         """Queues a decoded call; raises what Engine.submit does."""
         record.model, record.request_id = call.model, call.request_id
-        return self.engine.submit(call, self.carrier, deadline)
+        return self.engine.submit(call, self.carrier, deadline, client)
 
     def timed(self, stage: str, work: Callable[[], T]) -> T:
         """Runs a carrier's own stage (decode, encode); bytes it cannot read are InvalidArgument."""

@@ -10,6 +10,7 @@ import grpc
 
 from expertd.errors import ExpertdError, PermissionDenied
 from expertd.transport.auth import GRPC_SCOPES, HTTP_SCOPES, Guard, scope_for
+from expertd.transport.callers import TOKEN
 from expertd.transport.interceptors import http_error
 from expertd_wire.methods import STATUS_KEY
 from expertd_wire.status import pack_status
@@ -36,7 +37,7 @@ class GrpcDoor(grpc.ServerInterceptor):  # type: ignore[misc]
         headers = dict(details.invocation_metadata or ())
         presented = headers.get("authorization", "")
         try:
-            self._guard.allow(scope_for(GRPC_SCOPES, details.method), str(presented))
+            TOKEN.set(self._guard.allow(scope_for(GRPC_SCOPES, details.method), str(presented)))
         except ExpertdError as error:
             return _refusal(error)
         return continuation(details)
@@ -66,7 +67,7 @@ class HttpDoor:
         headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
         try:
             presented = headers.get("authorization", b"").decode("latin-1")
-            self._guard.allow(scope_for(HTTP_SCOPES, scope["path"]), presented)
+            TOKEN.set(self._guard.allow(scope_for(HTTP_SCOPES, scope["path"]), presented))
             if scope["method"] not in SAFE_METHODS:
                 self._check_origin(headers)
         except ExpertdError as error:

@@ -19,6 +19,7 @@ from expertd.errors import (
     ExpertdError,
     InvalidArgument,
 )
+from expertd.transport.callers import http_caller
 from expertd.transport.calls import Desk, note_plan
 from expertd.transport.ingress import Ingress
 from expertd_wire.messages import ForwardCall, ForwardReply
@@ -100,7 +101,7 @@ def add_forward(app: FastAPI, desk: Desk, ingress: Ingress) -> None:
                     request_id=x_request_id,
                     **desk.timed("decode", lambda: _tensors(body)),
                 )
-                ticket = desk.submit(record, call, deadline)
+                ticket = desk.submit(record, call, deadline, http_caller(request))
                 reply = note_plan(record, await _answer(desk, request, ticket))
             content = desk.timed("encode", lambda: _encode(reply))
         return Response(content, media_type="application/octet-stream")

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError, Message
 from expertd.engine.ticket import Ticket
 from expertd.errors import DeadlineExceeded, ExpertdError, Internal, InvalidArgument
 from expertd.transport import messages
+from expertd.transport.callers import grpc_caller
 from expertd.transport.calls import Desk, note_plan
 from expertd.transport.ingress import Ingress
 from expertd.transport.interceptors import INTERNAL, guarded
@@ -43,29 +44,29 @@ class ExpertsService:
     def forward(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         with self._desk.recorded() as record:
             call = self._decode(request)
-            ticket = self._desk.submit(record, call, _deadline(context))
+            ticket = self._desk.submit(record, call, _deadline(context), grpc_caller(context))
             reply = note_plan(record, self._wait(ticket, context))
             return self._desk.timed("encode", lambda: encode_forward_reply(reply))
 
     def forward_stream(
         self, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
-        deadline = _deadline(context)
+        deadline, client = _deadline(context), grpc_caller(context)
 
         def submit(request: bytes) -> Entry:
-            return self._enter(request, deadline)
+            return self._enter(request, deadline, client)
 
         cancel = self._desk.engine.cancel
         stream = Stream(submit, cancel, self._render, self._max_stream_calls)
         return stream.run(requests, context)
 
-    def _enter(self, request: bytes, deadline: float | None) -> Entry:
+    def _enter(self, request: bytes, deadline: float | None, client: str) -> Entry:
         """Submits one message of a stream; whatever goes wrong is that message's own error."""
         record, nbytes = self._desk.begin(), 0
         try:
             self._ingress.take(len(request))
             nbytes = len(request)
-            ticket = self._desk.submit(record, self._decode(request), deadline)
+            ticket = self._desk.submit(record, self._decode(request), deadline, client)
             return Entry(record, nbytes, ticket)
         except ExpertdError as error:
             fault = error

@@ -17,10 +17,11 @@ from expertd.backends.reference.backend import Reference
 from expertd.capability.device import detect
 from expertd.capability.rows import grouped, identity, reference
 from expertd.core import LayerSpec
-from expertd.engine.batcher import Budget
 from expertd.engine.engine import Engine, EngineOptions
+from expertd.engine.ledger import Budget
 from expertd.engine.loader import identity_spec
 from expertd.engine.observer import BatchReport
+from expertd.engine.policy import Rules
 from expertd.engine.resident import LayerState, Resident, Residents
 
 CPU = torch.device("cpu")
@@ -84,8 +85,11 @@ def running(
     residents = Residents()
     for layer in layers:
         residents.add(layer)
-    budget = Budget(**{k: options.pop(k) for k in list(options) if k in Budget.__slots__})
-    engine = Engine(residents, CPU, EngineOptions(**options, budget=budget), reports or Reports())
+    made = {
+        name: kind(**{k: options.pop(k) for k in list(options) if k in kind.__slots__})
+        for name, kind in (("budget", Budget), ("rules", Rules))
+    }
+    engine = Engine(residents, CPU, EngineOptions(**options, **made), reports or Reports())
     if start:
         engine.start()
     try:

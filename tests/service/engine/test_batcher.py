@@ -12,7 +12,9 @@ from tests.service.engine.parts import resident
 from tests.strategies import generator, layer_spec, wire_call
 
 from expertd.core import CallForm, RoutingForm
-from expertd.engine.batcher import Batcher, Budget
+from expertd.engine.batcher import Batcher
+from expertd.engine.ledger import Budget
+from expertd.engine.policy import Rules
 from expertd.engine.ticket import Ticket
 from expertd.errors import Cancelled, DeadlineExceeded, Overloaded, Unavailable
 
@@ -31,7 +33,7 @@ def queued() -> int:
 
 
 def test_calls_of_one_form_share_a_batch_and_others_wait() -> None:
-    batcher = Batcher(Budget(max_batch_tokens=10))
+    batcher = Batcher(Budget(), Rules(max_batch_tokens=10))
     first, other, second = ticket(4), ticket(1, partial=True), ticket(5)
     for each in (first, other, second):
         batcher.submit(each)
@@ -49,7 +51,7 @@ def test_calls_of_one_form_share_a_batch_and_others_wait() -> None:
     ],
 )
 def test_a_full_queue_refuses_and_says_which_limit(budget: Budget, flag: str) -> None:
-    batcher = Batcher(budget)
+    batcher = Batcher(budget, Rules())
     held = [ticket(4, 4), ticket(3, 3)]
     for each in held:
         batcher.submit(each)
@@ -62,13 +64,13 @@ def test_a_full_queue_refuses_and_says_which_limit(budget: Budget, flag: str) ->
 
 
 def test_an_empty_queue_takes_a_call_of_any_size() -> None:
-    batcher = Batcher(Budget(max_queued_tokens=1, max_queued_bytes=1, max_batch_tokens=1))
+    batcher = Batcher(Budget(1, 1), Rules(max_batch_tokens=1))
     batcher.submit(big := ticket(100, 100))
     assert batcher.next_batch() == [big]
 
 
 def test_a_call_whose_deadline_passed_is_dropped_not_run() -> None:
-    batcher = Batcher(Budget())
+    batcher = Batcher(Budget(), Rules())
     batcher.submit(late := ticket(deadline=time.monotonic() - 1))
     batcher.submit(good := ticket(deadline=time.monotonic() + 60))
     assert batcher.next_batch() == [good]
@@ -78,7 +80,7 @@ def test_a_call_whose_deadline_passed_is_dropped_not_run() -> None:
 
 
 def test_a_caller_who_leaves_the_queue_is_forgotten() -> None:
-    batcher = Batcher(Budget())
+    batcher = Batcher(Budget(), Rules())
     gone, stays = ticket(), ticket()
     batcher.submit(gone)
     batcher.submit(stays)
@@ -90,7 +92,7 @@ def test_a_caller_who_leaves_the_queue_is_forgotten() -> None:
 
 
 def test_leaving_after_the_deadline_is_told_as_the_deadline() -> None:
-    batcher = Batcher(Budget())
+    batcher = Batcher(Budget(), Rules())
     batcher.submit(late := ticket(deadline=time.monotonic() - 1))
     batcher.cancel(late)
     with pytest.raises(DeadlineExceeded):
@@ -98,7 +100,7 @@ def test_leaving_after_the_deadline_is_told_as_the_deadline() -> None:
 
 
 def test_leaving_a_running_call_changes_nothing() -> None:
-    batcher = Batcher(Budget())
+    batcher = Batcher(Budget(), Rules())
     batcher.submit(running := ticket())
     assert batcher.next_batch() == [running]
     batcher.cancel(running)
@@ -108,7 +110,7 @@ def test_leaving_a_running_call_changes_nothing() -> None:
 
 def test_a_future_cancelled_by_its_carrier_is_never_answered() -> None:
     # asyncio.wrap_future cancels the future itself; an answer to it would raise in the executor.
-    batcher = Batcher(Budget())
+    batcher = Batcher(Budget(), Rules())
     gone, forgotten, stays = ticket(), ticket(), ticket()
     for each in (gone, forgotten, stays):
         batcher.submit(each)
@@ -119,7 +121,7 @@ def test_a_future_cancelled_by_its_carrier_is_never_answered() -> None:
 
 
 def test_a_batch_of_nobody_is_not_the_end() -> None:
-    batcher = Batcher(Budget())
+    batcher = Batcher(Budget(), Rules())
     batcher.submit(gone := ticket())
     gone.future.cancel()
     got: list[list[Ticket]] = []
@@ -131,7 +133,7 @@ def test_a_batch_of_nobody_is_not_the_end() -> None:
 
 
 def test_closing_refuses_new_calls_and_still_runs_the_old() -> None:
-    batcher = Batcher(Budget(max_batch_tokens=1))
+    batcher = Batcher(Budget(), Rules(max_batch_tokens=1))
     held = [ticket(), ticket()]
     for each in held:
         batcher.submit(each)
@@ -146,7 +148,7 @@ def test_closing_refuses_new_calls_and_still_runs_the_old() -> None:
 
 
 def test_closing_wakes_a_waiting_executor() -> None:
-    batcher = Batcher(Budget())
+    batcher = Batcher(Budget(), Rules())
     got: list[list[Ticket]] = []
     waiter = threading.Thread(target=lambda: got.append(batcher.next_batch()))
     waiter.start()
@@ -156,7 +158,7 @@ def test_closing_wakes_a_waiting_executor() -> None:
 
 
 def test_failing_all_answers_everyone_who_waits() -> None:
-    batcher = Batcher(Budget())
+    batcher = Batcher(Budget(), Rules())
     held = [ticket(), ticket(2, partial=True)]
     for each in held:
         batcher.submit(each)
@@ -172,7 +174,7 @@ def test_failing_all_answers_everyone_who_waits() -> None:
 
 
 def test_priority_goes_first_and_does_not_split_a_key() -> None:
-    batcher = Batcher(Budget())
+    batcher = Batcher(Budget(), Rules())
     low, high = ticket(priority=-5), ticket(priority=5)
     batcher.submit(low)
     batcher.submit(high)
@@ -180,7 +182,7 @@ def test_priority_goes_first_and_does_not_split_a_key() -> None:
 
 
 def test_many_threads_lose_and_repeat_nothing() -> None:
-    batcher = Batcher(Budget(max_batch_tokens=7, max_queued_tokens=1 << 30))
+    batcher = Batcher(Budget(max_queued_tokens=1 << 30), Rules(max_batch_tokens=7))
     sent = [[ticket(n % 5 + 1, partial=n % 2 == 0) for n in range(100)] for _ in range(4)]
     threads = [
         threading.Thread(target=lambda mine=mine: [batcher.submit(t) for t in mine])
@@ -200,7 +202,7 @@ def test_many_threads_lose_and_repeat_nothing() -> None:
 
 
 def test_a_call_cancelled_by_its_carrier_leaves_the_budget_at_once() -> None:
-    batcher = Batcher(Budget(max_queued_tokens=2))
+    batcher = Batcher(Budget(max_queued_tokens=2), Rules())
     batcher.submit(ticket())
     batcher.submit(gone := ticket())
     gone.future.cancel()
