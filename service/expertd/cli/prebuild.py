@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -157,7 +157,7 @@ def _prebuild(arch: str | None, check: bool, shared: Mapping[str, str]) -> int:
 class Lines:
     """What a process says, kept in a file; its last words explain a failure."""
 
-    def __init__(self, source: TextIO, kept: TextIO) -> None:
+    def __init__(self, source: IO[str], kept: IO[str]) -> None:
         self._source, self._kept = source, kept
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._reason = ""

@@ -110,23 +110,35 @@ def spec_of(name: str) -> Any:
 
 def fetch() -> None:
     """Downloads the published kernels that are not there; raises OSError naming what failed."""
-    _fetched(kernels.listed())
+    if not _fetched(kernels.listed()):
+        raise _unreachable([kernels.listed()])
     absent = [kernel for kernel in kernels.every() if not kernels.intact(kernel)]
     if not absent:
         say("there", KERNELS)
         return
     say("building", KERNELS)
+    failed = []
     with ThreadPoolExecutor(DOWNLOADS) as pool:
-        for done, _ in enumerate(pool.map(_fetched, absent), start=1):
-            say("fetched", KERNELS, done=done, of=len(absent))
+        for done, (kernel, came) in enumerate(zip(absent, pool.map(_fetched, absent), strict=True)):
+            say("fetched", KERNELS, done=done + 1, of=len(absent))
+            failed += [] if came else [kernel]
+    if failed:
+        raise _unreachable(failed)
     say("built", KERNELS)
 
 
-def _fetched(kernel: kernels.Kernel) -> None:
+def _fetched(kernel: kernels.Kernel) -> bool:
+    """Whether FlashInfer has the file now, with the content that its list says."""
     loader = import_module("flashinfer.jit.cubin_loader")
-    if not loader.get_artifact(kernel.path, kernel.sha256):
-        source = loader.FLASHINFER_CUBINS_REPOSITORY
-        raise OSError(f"{kernel.path} cannot be had from {source}, or its content is another one")
+    return bool(loader.get_artifact(kernel.path, kernel.sha256))
+
+
+def _unreachable(failed: Sequence[kernels.Kernel]) -> OSError:
+    source = import_module("flashinfer.jit.cubin_loader").FLASHINFER_CUBINS_REPOSITORY
+    return OSError(
+        f"{len(failed)} files, first {failed[0].path}, cannot be had from {source}, or their "
+        "content there is another one"
+    )
 
 
 def say(event: str, name: str, **more: Any) -> None:
