@@ -9,6 +9,7 @@ import httpx
 import pytest
 from tests.e2e.servers import in_process
 
+from expertd.backends.grouped.backend import Grouped
 from expertd.cli import main
 from expertd.core import QuantScheme
 from expertd.weights.demo import write_demo
@@ -42,6 +43,16 @@ def test_tuning_can_be_switched_off(cache: Path) -> None:
         with Client(addresses.grpc) as client:
             (plan,) = client.layer("demo", 1).plans
     assert not plan.microseconds and not list(cache.glob("timings-*"))
+
+
+def test_every_bucket_is_warm_before_the_first_call(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Grouped, "_warm_up", lambda _, tokens: warmed.append(tuple(tokens)))
+    with in_process("--demo", "--max-batch-tokens", "48") as (app, _):
+        assert app.wait_ready()
+    assert warmed == [(1, 2, 4, 8, 16, 32, 64)] * 2, "both layers"
 
 
 def test_the_command_renews_the_table(

@@ -120,6 +120,7 @@ def test_every_size_has_one_bucket(tokens: int) -> None:
 def test_each_bucket_runs_on_its_fastest_plan(plans: Plans, tmp_path: Path) -> None:
     plans.add("steady", lambda tokens: 100)
     plans.add("growing", lambda tokens: 10 * tokens)
+    assert plans.at(1) == "steady", "the table's first, before anything was measured"
     tuner(plans, tmp_path).tune(plans.layer)
     assert [plans.at(n) for n in (1, 8, 9, 16, 64, 5000)] == [
         *("growing", "growing", "steady", "steady", "steady", "steady")
@@ -168,7 +169,10 @@ def test_from_logits_a_routed_plan_pays_for_the_router(
 
 
 def test_a_plan_that_fails_is_passed_over_from_there_on(plans: Plans, tmp_path: Path) -> None:
+    tried: list[int] = []
+
     def dies(tokens: int) -> float:
+        tried.append(tokens)
         if tokens > 8:
             raise torch.OutOfMemoryError("planted")
         return 1
@@ -177,6 +181,7 @@ def test_a_plan_that_fails_is_passed_over_from_there_on(plans: Plans, tmp_path: 
     plans.add("sturdy", lambda tokens: 100)
     tuner(plans, tmp_path).tune(plans.layer)
     assert [plans.at(n) for n in (1, 8, 9, 64)] == ["fragile", "fragile", "sturdy", "sturdy"]
+    assert max(tried) == 16 and tried.count(16) == 1
 
 
 def test_the_table_is_read_by_layers_of_the_shape_and_the_next_start(
@@ -230,6 +235,17 @@ def test_a_table_that_makes_no_sense_is_measured_again(
     (entry,) = json.loads(file.read_text())["shapes"]
     file.write_text(json.dumps({"shapes": [entry | change]}))
     assert TimingStore(tmp_path, detect("cpu")).find(SPEC) is None
+
+
+def test_each_shape_has_its_own_table(plans: Plans, tmp_path: Path) -> None:
+    plans.add("only", lambda tokens: 100)
+    mine = tuner(plans, tmp_path)
+    mine.tune(plans.layer)
+    plans.layer.spec = replace(SPEC, intermediate=64)
+    assert TimingStore(tmp_path, detect("cpu")).find(plans.layer.spec) is None
+    mine.tune(plans.layer)
+    for spec in (SPEC, plans.layer.spec):
+        assert TimingStore(tmp_path, detect("cpu")).find(spec) is not None
 
 
 def test_another_device_or_version_has_its_own_table(plans: Plans, tmp_path: Path) -> None:
