@@ -25,16 +25,19 @@ pytest.importorskip("triton")
 from expertd.backends.triton.router import route_for
 
 SEED = int(os.environ.get("EXPERTD_SEED", "0"))
-INEXACT = "softmax"
-"""Softmax divides by a sum, which torch adds in another order; the others have no such step."""
+INEXACT = (RoutingMethod.DEFAULT, RoutingMethod.GROUPED_SOFTMAX, RoutingMethod.SOFTMAX_BIAS)
+"""They compare softmax, which divides by a sum that torch adds in another order."""
 
 methods = pytest.mark.parametrize("method", METHODS)
 
 
-def check(spec: RoutingSpec, logits: torch.Tensor, bias: torch.Tensor | None) -> None:
+def check(
+    spec: RoutingSpec, logits: torch.Tensor, bias: torch.Tensor | None, alike: float = 0.9
+) -> None:
     print(f"repeat with EXPERTD_SEED={SEED}")
     bias = None if bias is None else bias.cuda()
-    compare(route_for, spec, logits.cuda(), bias, strict=spec.scoring != INEXACT)
+    strict = spec.method not in INEXACT
+    compare(route_for, spec, logits.cuda(), bias, strict=strict, alike=alike)
 
 
 @methods
@@ -67,9 +70,10 @@ def test_dtypes_and_neighbouring_floats(method: RoutingMethod, dtype: torch.dtyp
     spec = spec_of(method, 8)
     bias = bias_of(spec, 256, 0.1, random)
     check(spec, plain(2048, 256, random).to(dtype), bias)
-    steps = torch.stack([torch.randperm(256, generator=random) for _ in range(64)])
+    steps = torch.stack([torch.randperm(256, generator=random) for _ in range(64)]).int()
     next_to_each_other = (torch.full((64, 256), 0.7).view(torch.int32) + steps).view(torch.float32)
-    check(spec, next_to_each_other.to(dtype), bias)
+    # Two neighbours may have one probability in torch, which then goes by index.
+    check(spec, next_to_each_other.to(dtype), bias, alike=0.0)
 
 
 @methods

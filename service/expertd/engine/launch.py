@@ -14,10 +14,10 @@ from expertd.core import CallForm, PlanMode
 from expertd.engine.checks import check_logits, check_topk, fault_error
 from expertd.engine.observer import BatchReport, BatchTimes
 from expertd.engine.resident import Resident
+from expertd.engine.routers import router_on
 from expertd.engine.staging import TORCH_DTYPES, Staging, host_bytes
 from expertd.engine.ticket import Ticket
 from expertd.errors import ExpertdError
-from expertd.routing.reference import route_for
 from expertd.weights.dequant import e8m0_to_float
 from expertd_wire.messages import ForwardReply
 from expertd_wire.tensors import WireTensor
@@ -88,7 +88,8 @@ def _route(batch: Batch, resident: Resident, backend: Backend) -> Batch:
     if batch.logits is None or backend.row.mode is PlanMode.MONOLITHIC:
         return batch
     assert resident.spec.routing is not None
-    ids, weights = route_for(resident.spec.routing, batch.logits, resident.bias)
+    route = router_on(batch.logits.device.type)
+    ids, weights = route(resident.spec.routing, batch.logits, resident.bias)
     return Batch(batch.rows, batch.out, batch.row_scales, ids, weights)
 
 

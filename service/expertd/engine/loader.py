@@ -16,6 +16,7 @@ from expertd.capability.row import Row
 from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
 from expertd.engine.resident import LayerState, Resident, Residents, Trust
+from expertd.engine.routers import warm_up_router
 from expertd.engine.timings import Timings
 from expertd.engine.tuner import Tuner, not_kept
 from expertd.errors import ExpertdError, NoUsablePlan
@@ -142,6 +143,7 @@ class Loader:
     def _build_backends(self, resident: Resident) -> None:
         """Every backend whose row accepts the layer on this device, proven and checked."""
         resident.state = LayerState.PROVING
+        warm_up_router(resident.spec, resident.bias, self._torch_device)
         for row in self._rows(resident):
             self._build(row, resident)
         resident.judged(self._prover.states(resident.backends), Timings())

@@ -69,6 +69,7 @@ def route_for(
     if spec.bias and bias is None:
         raise InvalidArgument("bias=None; accepted: the layer's correction bias [E]")
     tokens, experts = logits.shape
+    assert bias is None or bias.shape == (experts,), "the kernel reads one bias for each expert"
     program = _program(spec, experts, bias is not None)
     ids = torch.empty(tokens, spec.top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)

@@ -28,6 +28,7 @@ NOBODY = tl.constexpr(-2139095041)
 PLACE = tl.constexpr(0x7FFFFFFF)
 SOFTPLUS_END = tl.constexpr(20.0)
 """Where softplus becomes the identity, as in torch."""
+SOFTPLUS_TAIL = tl.constexpr(-80.0)
 
 
 @triton.jit
@@ -57,8 +58,11 @@ def _score(logit, top, total, SCORE: tl.constexpr):
     elif SCORE == "sigmoid":
         return tl.div_rn(1.0, 1.0 + _exp(-logit))
     elif SCORE == "sqrtsoftplus":
-        soft = _log1p(_exp(tl.minimum(logit, SOFTPLUS_END)))
-        return tl.sqrt_rn(tl.where(logit > SOFTPLUS_END, logit, soft))
+        # Far down it is exp(x / 2), which is still a normal number where exp(x) is not.
+        far = logit < SOFTPLUS_TAIL
+        power = _exp(tl.where(far, 0.5 * logit, tl.minimum(logit, SOFTPLUS_END)))
+        root = tl.sqrt_rn(tl.where(logit > SOFTPLUS_END, logit, _log1p(power)))
+        return tl.where(far, power, root)
     else:
         return logit
 
