@@ -43,6 +43,10 @@ def check_source(settings: Settings, source: ModelSource) -> None:
 def demo_path() -> Path:
     """The demo checkpoint in the user's cache directory, made if it is not there."""
     path = cache_directory() / f"demo-{__version__}"
-    if not path.exists():
-        write_demo(path)
+    try:
+        if not path.exists():
+            write_demo(path)
+    except InvalidArgument:
+        if not path.exists():  # or else another process has made it meanwhile
+            raise
     return path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from expertd.core import QuantScheme
 from expertd.errors import FailedPrecondition, InvalidArgument
-from expertd.weights.requantize import quantize_checkpoint
+from expertd.weights.requantize import quantize_into
 from expertd.weights.tiny import TINY, Sizes
-from expertd.weights.writer import new_directory, write_json, write_shards
+from expertd.weights.writer import draft, new_directory, write_json, write_shards
 
 HIDDEN, EXPERTS, TOP_K, WIDTH, LAYERS, VOCABULARY = 256, 32, 4, 128, 2, 512
 
@@ -133,9 +132,9 @@ def write_demo(
         if scheme in PLAIN_DTYPES:
             _write_plain(directory, family, dtype, seed)
             return
-        with tempfile.TemporaryDirectory() as draft:
-            _write_plain(Path(draft), family, dtype, seed)
-            quantize_checkpoint(Path(draft), directory, scheme)
+        with draft(out) as plain:
+            _write_plain(plain, family, dtype, seed)
+            quantize_into(plain, directory, scheme)
 
 
 def _scheme(quant: str) -> QuantScheme:

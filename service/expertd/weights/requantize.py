@@ -39,25 +39,32 @@ def quantize_checkpoint(
     Raises InvalidArgument when out exists or nothing writes the scheme, FailedPrecondition for a
     checkpoint that is quantised already or cannot have it.
     """
+    with new_directory(out) as directory:
+        quantize_into(path, directory, quant, progress)
+
+
+def quantize_into(
+    path: Path, directory: Path, quant: QuantScheme, progress: Progress | None = None
+) -> None:
+    """The same into a directory that is there and empty; raises as quantize_checkpoint does."""
     model = Model.of(Checkpoint.open(path))
     if model.config.get("quantization_config"):
         raise FailedPrecondition(f"{path}: is quantised already; give the plain checkpoint")
     layout, export = _form(model, quant)
     consumed: set[str] = set()
-    with new_directory(out) as directory:
-        writer = ShardWriter(directory)
-        for layer in sorted(model.prefixes):
-            spec = layer_spec(model, layer)
-            _check_sizes(spec, quant)
-            consumed |= _expert_tensors(model, layer, spec)
-            tensors = dict(_quantised(model, layer, spec, layout, export))
-            writer.add(tensors)
-            if progress is not None:
-                progress(sum(t.numel() * t.element_size() for t in tensors.values()))
-        rest = [name for name in model.checkpoint.tensors if name not in consumed]
-        writer.add_all((name, model.checkpoint.read(name)) for name in rest)
-        writer.finish()
-        _settle(model, directory, export, rest)
+    writer = ShardWriter(directory)
+    for layer in sorted(model.prefixes):
+        spec = layer_spec(model, layer)
+        _check_sizes(spec, quant)
+        consumed |= _expert_tensors(model, layer, spec)
+        tensors = dict(_quantised(model, layer, spec, layout, export))
+        writer.add(tensors)
+        if progress is not None:
+            progress(sum(t.numel() * t.element_size() for t in tensors.values()))
+    rest = [name for name in model.checkpoint.tensors if name not in consumed]
+    writer.add_all((name, model.checkpoint.read(name)) for name in rest)
+    writer.finish()
+    _settle(model, directory, export, rest)
 
 
 def _form(model: Model, quant: QuantScheme) -> tuple[Layout, Export]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from expertd.errors import InvalidArgument
 
 SHARD_BYTES = 4 << 30
+DRAFT = ".expertd-draft"
+"""What the hidden directories end in that a checkpoint is written to."""
 
 
 @contextmanager
@@ -25,16 +28,71 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Raises InvalidArgument when out exists already (an empty directory is taken over).
     """
+    _refuse_taken(out)
+    with draft(out) as directory:
+        yield directory
+        directory.chmod(0o755)
+        try:
+            os.replace(directory, out)
+        except OSError:
+            _refuse_taken(out)
+            raise
+
+
+@contextmanager
+def draft(out: Path) -> Iterator[Path]:
+    """A hidden directory beside out, gone when the block ends; a killed process's go first."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out.parent):  # so that nobody takes a new draft for a stale one
+        _remove_stale(out.parent)
+        directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=DRAFT, dir=out.parent))
+        held = _lock(directory, wait=False)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        _release(held)
+
+
+def _refuse_taken(out: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InvalidArgument(f"{out}: exists already; choose another directory or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+
+
+def _remove_stale(parent: Path) -> None:
+    """Removes drafts that nobody holds: the kernel lets go of them when their writer dies."""
+    for stale in parent.glob(f".*{DRAFT}"):
+        held = None if stale.is_symlink() else _lock(stale, wait=False)
+        if held is not None:
+            shutil.rmtree(stale, ignore_errors=True)
+            _release(held)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    held = _lock(directory, wait=True)
     try:
-        yield draft
-        draft.chmod(0o755)
-        os.replace(draft, out)
+        yield
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        _release(held)
+
+
+def _lock(directory: Path, wait: bool) -> int | None:
+    """Holds a directory until it is released; None if another does, or nobody can there."""
+    with suppress(OSError):
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+    return None
+
+
+def _release(held: int | None) -> None:
+    if held is not None:
+        os.close(held)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
