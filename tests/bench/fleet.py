@@ -1,0 +1,239 @@
+"""Rows a second of a pool over N replicas beside one, one call split over them, and one's death.
+
+python -m tests.bench.fleet --devices cuda:0,cuda:1 [--out FILE]
+
+One layer of DeepSeek-V3's shape in fp8 blocks on each device, every replica with all experts, over
+gRPC on this machine. Callers are processes of their own, each with its own pool; the load of one
+replica comes from as many callers as each of N has. `--devices cpu,cpu --experts 16 --hidden 256
+--width 128 --rows 64` tries it anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import torch
+from tests.bench.load_layer import CONFIG
+from tests.e2e.fleet import Replica, replicas
+
+from expertd.weights.writer import write_json, write_shards
+from expertd_client import ExpertPool
+
+LEAST_PER_REPLICA = 0.85
+SPLIT_CALLS = 7
+WARM_SECONDS = 5.0
+"""For callers to connect and to make their rows."""
+SEEN_SECONDS = 2.0
+"""The time within which a pool has to see a death or a return."""
+
+
+class Ended(NamedTuple):
+    """When a call began and ended, in seconds of this machine's clock."""
+
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one caller does: calls of so many rows, one after the other, until its time is up."""
+
+    targets: tuple[str, ...]
+    rows: int
+    until: float
+
+
+def write(out: Path, experts: int, hidden: int, width: int) -> None:
+    """A layer of random codes whose outputs stay finite."""
+    codes = torch.randint(0, 120, (hidden * width * 2,), dtype=torch.uint8)
+    shapes = {
+        "gate_proj": (width, hidden),
+        "up_proj": (width, hidden),
+        "down_proj": (hidden, width),
+    }
+    shards: list[dict[str, torch.Tensor]] = [{} for _ in range(4)]
+    for expert in range(experts):
+        for name, (n, k) in shapes.items():
+            begin = (expert * 4099 + len(name)) % (hidden * width)
+            weight = codes[begin : begin + n * k].view(n, k).view(torch.float8_e4m3fn)
+            held, name = (
+                shards[expert * 4 // experts],
+                f"model.layers.0.mlp.experts.{expert}.{name}",
+            )
+            held[f"{name}.weight"] = weight.clone()
+            held[f"{name}.weight_scale_inv"] = torch.full((n // 128, k // 128), 2.0**-12)
+    shards[0]["model.layers.0.mlp.gate.e_score_correction_bias"] = torch.zeros(experts)
+    out.mkdir()
+    sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "n_routed_experts": experts}
+    write_json(out / "config.json", CONFIG | sizes)
+    write_shards(out, shards)
+
+
+def question(pool: ExpertPool, rows: int) -> tuple[Any, dict[str, Any]]:
+    """Random rows of the layer's width and random experts for them."""
+    info = pool.layer("m", 0)
+    return random_rows(rows, info.hidden, info.num_experts)
+
+
+@cache
+def random_rows(rows: int, hidden: int, experts: int) -> tuple[Any, dict[str, Any]]:
+    random = np.random.default_rng(0)
+    states = random.standard_normal((rows, hidden), np.float32).astype(ml_dtypes.bfloat16)
+    ids = random.random((rows, experts), np.float32).argpartition(8)[:, :8]
+    weights = np.full(ids.shape, 1 / 8, np.float32)
+    return states, {"topk_ids": ids.astype(np.int32), "topk_weights": weights}
+
+
+def caller(load: Load) -> list[Ended]:
+    """Every call's times; runs in a process of its own."""
+    done = []
+    with ExpertPool(load.targets, shard="tokens") as pool:
+        states, routing = question(pool, load.rows)
+        while (begin := time.monotonic()) < load.until:
+            pool.forward("m", 0, states, timeout=60, **routing)
+            done.append(Ended(begin, time.monotonic()))
+    return done
+
+
+def rate(calls: Sequence[Ended], rows: int, begin: float, end: float) -> float:
+    """Rows a second between two moments; a call counts with the part of it that lies between."""
+    parts = ((min(c.end, end) - max(c.begin, begin)) / (c.end - c.begin) for c in calls)
+    return sum(max(0.0, part) for part in parts) * rows / (end - begin)
+
+
+class Callers:
+    """Processes that stay, all of them up: starting them is not measured."""
+
+    def __init__(self, rows: int, count: int) -> None:
+        self._rows = rows
+        spawned = multiprocessing.get_context("spawn")
+        all_up = spawned.Barrier(count + 1)
+        self._processes = ProcessPoolExecutor(count, spawned, all_up.wait)
+        for _ in range(count):
+            self._processes.submit(int)
+        all_up.wait()
+
+    def begin(self, targets: Sequence[str], callers: int, seconds: float) -> Any:
+        """Callers at work; wait() on it gives their calls."""
+        until = time.monotonic() + seconds
+        load = Load(tuple(targets), self._rows, until)
+        futures = [self._processes.submit(caller, load) for _ in range(callers)]
+        return lambda: [call for future in futures for call in future.result()]
+
+    def rate(self, targets: Sequence[str], callers: int, seconds: float) -> float:
+        """Rows a second once all callers are at work."""
+        begin = time.monotonic() + WARM_SECONDS
+        calls = self.begin(targets, callers, WARM_SECONDS + seconds)()
+        return rate(calls, self._rows, begin, begin + seconds)
+
+    def close(self) -> None:
+        self._processes.shutdown()
+
+
+def split_seconds(targets: Sequence[str], rows: int) -> float:
+    """The median time of one call at a time."""
+    with ExpertPool(tuple(targets), shard="tokens") as pool:
+        states, routing = question(pool, rows)
+        times = []
+        for _ in range(SPLIT_CALLS + 3):
+            begin = time.perf_counter()
+            pool.forward("m", 0, states, timeout=60, **routing)
+            times.append(time.perf_counter() - begin)
+    return float(np.median(times[3:]))
+
+
+def death(
+    fleet: Sequence[Replica], callers: Callers, count: int, args: argparse.Namespace
+) -> dict[str, float]:
+    """Rows a second before a replica is killed, without it, and after its return."""
+    targets = [replica.grpc for replica in fleet]
+    seconds = args.seconds
+    wait = callers.begin(targets, count, WARM_SECONDS + args.return_seconds + 3 * seconds)
+    time.sleep(WARM_SECONDS + seconds)
+    dies = time.monotonic()
+    fleet[-1].end()
+    fleet[-1].start()
+    returned = time.monotonic()
+    calls = wait()
+    last = max(call.end for call in calls)
+    gone = dies + SEEN_SECONDS, returned
+    back = returned + SEEN_SECONDS, min(last, returned + SEEN_SECONDS + seconds)
+    return {
+        "before": rate(calls, args.rows, dies - seconds, dies),
+        "without it": rate(calls, args.rows, *gone),
+        "after its return": rate(calls, args.rows, *back),
+        "seconds it was away": returned - dies,
+        "longest call, s": max(call.end - call.begin for call in calls),
+    }
+
+
+def measure(fleet: Sequence[Replica], args: argparse.Namespace) -> dict[str, Any]:
+    targets, many = [replica.grpc for replica in fleet], len(fleet)
+    callers = Callers(args.rows, many * args.callers)
+    found: dict[str, Any] = {"replicas": many, "rows of a call": args.rows}
+    tell(found, "one", callers.rate(targets[:1], args.callers, args.seconds))
+    tell(found, "all", callers.rate(targets, many * args.callers, args.seconds))
+    tell(found, f"all / one / N (goal {LEAST_PER_REPLICA})", found["all"] / found["one"] / many)
+    tell(found, "one call, 1 replica, s", split_seconds(targets[:1], args.rows))
+    tell(found, "one call, all, s", split_seconds(targets, args.rows))
+    split = found["one call, 1 replica, s"] / found["one call, all, s"]
+    tell(found, "split gains (limit 1.6 at 4: all read all weights)", split)
+    survivors = callers.rate(targets[:-1], many * args.callers, args.seconds)
+    tell(found, "all but one", survivors)
+    for name, value in death(fleet, callers, many * args.callers, args).items():
+        tell(found, f"death: {name}", value)
+    tell(found, "death: without it / all but one", found["death: without it"] / survivors)
+    callers.close()
+    return found
+
+
+def tell(found: dict[str, Any], name: str, value: float) -> None:
+    found[name] = round(value, 3)
+    print(f"{name:55} {value:12.3f}", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", required=True, help="one replica on each: cuda:0,cuda:1")
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--callers", type=int, default=3, help="processes for each replica")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument(
+        "--return-seconds", type=float, default=60.0, help="a restart takes so long"
+    )
+    parser.add_argument("--dir", type=Path, help="where the layer is written")
+    parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    devices = args.devices.split(",")
+    with tempfile.TemporaryDirectory(dir=args.dir) as home:
+        model = Path(home) / "model"
+        write(model, args.experts, args.hidden, args.width)
+        flags = ("--model", f"m={model}")
+        ranges = (f"0-{args.experts - 1}",) * len(devices)
+        with replicas(Path(home), *flags, ranges=ranges, devices=devices) as fleet:
+            found = measure(fleet, args)
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
