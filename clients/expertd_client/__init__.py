@@ -17,10 +17,11 @@ from expertd_client.errors import (
     Unauthenticated,
     Unavailable,
 )
-from expertd_client.pool import ExpertPool, PoolReply
+from expertd_client.pool import AsyncExpertPool, ExpertPool, PoolReply
 
 __all__ = [
     "AsyncClient",
+    "AsyncExpertPool",
     "Client",
     "DeadlineExceeded",
     "ExpertPool",

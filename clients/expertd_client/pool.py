@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypedDict, Unpack, overload
 
 import grpc
+import numpy as np
 
+from expertd_client.arrays import kind_of
 from expertd_client.calls import ArrayT
-from expertd_client.client import Client
+from expertd_client.dispatch import Outcome, Share
 from expertd_client.errors import InvalidArgument
-from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
+from expertd_client.fleet.core import Core
+from expertd_client.fleet.endpoints import Targets
+from expertd_client.fleet.link import Connect
+from expertd_client.fleet.message import PoolCall, pool_call
+from expertd_client.fleet.placement import Shard
+from expertd_wire.tensors import from_numpy
 from expertd_wire.v1 import experts_pb2 as pb
 
-Shard = Literal["auto", "tokens", "experts"]
 Partial = Literal["refuse", "allow"]
-Targets = str | Path | Sequence[str]
+
+
+class PoolSettings(TypedDict, total=False):
+    """What both pools take by keyword; ExpertPool says what each means, Core the defaults."""
+
+    wait_for_experts: bool
+    hedge: bool
+    token: str | None
+    credentials: grpc.ChannelCredentials | None
+    max_message_bytes: int
+    connect: Connect | None
 
 
 class PoolOptions(TypedDict, total=False):
@@ -36,18 +51,11 @@ class PoolOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What one replica answered of a call."""
-
-    target: str
-    rows: int
-    backend: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class PoolReply(Generic[ArrayT]):
-    """output [T, H]; complete_rows [T] bool says which rows have all their experts."""
+    """output [T, H]; complete_rows [T] bool says which rows have all their experts.
+
+    shares says who answered how many rows, attempts how often a replica was asked.
+    """
 
     output: ArrayT
     complete_rows: ArrayT
@@ -56,7 +64,7 @@ class PoolReply(Generic[ArrayT]):
 
     @property
     def rows_sent(self) -> int:
-        """Rows that travelled for this answer; a row goes to every replica that it needs."""
+        """Rows that were answered for this call; a row goes to every replica that it needs."""
         return sum(share.rows for share in self.shares)
 
 
@@ -69,28 +77,18 @@ class ExpertPool:
     "experts" sends each row to the holders of its experts and adds their partial sums, "auto" does
     the first where it can.
 
-    wait_for_experts holds a call for experts that nobody holds until its deadline, then raises
-    ExpertsUnavailable; without it that is raised at once. hedge sends a late part of a call to a
-    second replica as well. token, credentials and max_message_bytes are as in Client.
-
-    Works today: one replica that holds everything.
+    Calls have no effects, so what fails or stalls at one replica is asked of another, within the
+    caller's deadline. Replicas of one layer whose settings or weights differ are never mixed in a
+    call. wait_for_experts (on by default) holds a call for experts that nobody holds until its
+    deadline, then raises ExpertsUnavailable; without it that is raised at once. hedge sends a late
+    part of a call to a second replica as well, for at most one part in twenty. token, credentials
+    and max_message_bytes are as in Client; connect makes the Link to a target, gRPC's by default.
     """
 
     def __init__(
-        self,
-        targets: Targets,
-        *,
-        shard: Shard = "auto",
-        wait_for_experts: bool = True,
-        hedge: bool = False,
-        token: str | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        self, targets: Targets, *, shard: Shard = "auto", **settings: Unpack[PoolSettings]
     ) -> None:
-        target = str(targets) if isinstance(targets, (str, Path)) else targets[0]
-        self._client = Client(
-            target, token=token, credentials=credentials, max_message_bytes=max_message_bytes
-        )
+        self._core = Core(targets, shard, **settings)
 
     @overload
     def forward(
@@ -145,27 +143,25 @@ class ExpertPool:
         **options: Unpack[PoolOptions],
     ) -> PoolReply[ArrayT]:
         """Like forward, with who answered what."""
-        if partial not in ("refuse", "allow"):
-            raise InvalidArgument(f'partial={partial!r}; accepted: "refuse", "allow"')
-        reply = self._client.call(model, layer, hidden_states, timeout=timeout, **options)
-        rows = len(reply.output)  # type: ignore[arg-type]
-        complete = (reply.output == reply.output)[:, 0] | True  # type: ignore[index]
-        share = Share("", rows, reply.backend, reply.computed_ns / 1e9)
-        return PoolReply(reply.output, complete, (share,), 1)
+        call, allow = _order(model, layer, hidden_states, partial, options)
+        outcome = self._core.run(self._core.deliver(call, timeout, allow))
+        return _reply(outcome, hidden_states)
 
     def layers(
         self, model: str | None = None, *, timeout: float | None = 30.0
     ) -> list[pb.LayerInfo]:
         """What every replica holds of model, or of all models: one entry per replica and layer."""
-        return self._client.layers(model, timeout=timeout)
+        found: list[pb.LayerInfo] = self._core.run(self._core.layers(model, timeout))
+        return found
 
     def layer(self, model: str, layer: int, *, timeout: float | None = 30.0) -> pb.LayerInfo:
         """One layer as some ready replica tells it; its expert range is that replica's."""
-        return self._client.layer(model, layer, timeout=timeout)
+        found: pb.LayerInfo = self._core.run(self._core.layer(model, layer, timeout))
+        return found
 
     def close(self) -> None:
         """Close all connections; calls under way end with Unavailable."""
-        self._client.close()
+        self._core.close()
 
     def __enter__(self) -> Self:
         return self
@@ -177,3 +173,114 @@ class ExpertPool:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class AsyncExpertPool:
+    """ExpertPool for event loops: the same arguments, the same methods to await.
+
+    It works in a thread of its own, so it belongs to no loop; cancelling a call takes it back.
+    """
+
+    def __init__(
+        self, targets: Targets, *, shard: Shard = "auto", **settings: Unpack[PoolSettings]
+    ) -> None:
+        self._core = Core(targets, shard, **settings)
+
+    @overload
+    async def forward(
+        self,
+        model: str,
+        layer: int,
+        hidden_states: ArrayT,
+        *,
+        timeout: float | None = 30.0,
+        partial: Literal["refuse"] = "refuse",
+        **options: Unpack[PoolOptions],
+    ) -> ArrayT: ...
+
+    @overload
+    async def forward(
+        self,
+        model: str,
+        layer: int,
+        hidden_states: ArrayT,
+        *,
+        timeout: float | None = 30.0,
+        partial: Literal["allow"],
+        **options: Unpack[PoolOptions],
+    ) -> tuple[ArrayT, ArrayT]: ...
+
+    async def forward(
+        self,
+        model: str,
+        layer: int,
+        hidden_states: ArrayT,
+        *,
+        timeout: float | None = 30.0,
+        partial: Partial = "refuse",
+        **options: Unpack[PoolOptions],
+    ) -> ArrayT | tuple[ArrayT, ArrayT]:
+        """As ExpertPool.forward."""
+        reply = await self.call(
+            model, layer, hidden_states, timeout=timeout, partial=partial, **options
+        )
+        return reply.output if partial == "refuse" else (reply.output, reply.complete_rows)
+
+    async def call(
+        self,
+        model: str,
+        layer: int,
+        hidden_states: ArrayT,
+        *,
+        timeout: float | None = 30.0,
+        partial: Partial = "refuse",
+        **options: Unpack[PoolOptions],
+    ) -> PoolReply[ArrayT]:
+        """As ExpertPool.call."""
+        call, allow = _order(model, layer, hidden_states, partial, options)
+        outcome = await self._core.arun(self._core.deliver(call, timeout, allow))
+        return _reply(outcome, hidden_states)
+
+    async def layers(
+        self, model: str | None = None, *, timeout: float | None = 30.0
+    ) -> list[pb.LayerInfo]:
+        """As ExpertPool.layers."""
+        found: list[pb.LayerInfo] = await self._core.arun(self._core.layers(model, timeout))
+        return found
+
+    async def layer(self, model: str, layer: int, *, timeout: float | None = 30.0) -> pb.LayerInfo:
+        """As ExpertPool.layer."""
+        found: pb.LayerInfo = await self._core.arun(self._core.layer(model, layer, timeout))
+        return found
+
+    async def close(self) -> None:
+        """As ExpertPool.close."""
+        await asyncio.to_thread(self._core.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def _order(
+    model: str, layer: int, hidden_states: Any, partial: Partial, options: PoolOptions
+) -> tuple[PoolCall, bool]:
+    """The call, and whether it may be answered in part."""
+    if partial not in ("refuse", "allow"):
+        raise InvalidArgument(f'partial={partial!r}; accepted: "refuse", "allow"')
+    return pool_call(model, layer, hidden_states, **options), partial == "allow"
+
+
+def _reply(outcome: Outcome, like: ArrayT) -> PoolReply[ArrayT]:
+    """The outcome in arrays of like's kind."""
+    kind = kind_of("hidden_states", like)
+    output = kind.from_wire(from_numpy(outcome.output), like)
+    complete = kind.from_wire(from_numpy(outcome.complete.view(np.uint8)), like)
+    return PoolReply(output, complete != 0, outcome.shares, outcome.attempts)

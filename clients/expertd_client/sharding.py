@@ -81,24 +81,28 @@ class Piece:
         return holder.begin, holder.end, holder.name, int(self.rows[0]) if len(self.rows) else -1
 
 
-def split_tokens(work: Work, holders: Sequence[Holder], width: int) -> Split:
-    """Whole rows over at most width holders of all experts, so that they end together."""
+def split_tokens(work: Work, holders: Sequence[Holder], callers: int = 1) -> Split:
+    """Whole rows over holders of all experts, so that they end together.
+
+    callers is how many calls are under way: then each takes its share of the holders only, because
+    a holder reads all of its weights for every part.
+    """
     if not holders:
         return Split((), work)
     parts, begin = [], 0
-    for holder, count in share(len(work.rows), holders, width):
+    for holder, count in share(len(work.rows), holders, callers):
         parts.append(Part(holder, _some(work, slice(begin, begin + count))))
         begin += count
     return Split(tuple(parts))
 
 
-def split_experts(work: Work, holders: Sequence[Holder], width: int) -> Split:
+def split_experts(work: Work, holders: Sequence[Holder], callers: int = 1) -> Split:
     """Every pair of a row and an expert to one holder; a holder gets a row once.
 
-    Where several hold an expert, the least loaded is chosen, or up to width of them share the rows.
+    Where several hold an expert, they share its rows, the least loaded first, as in split_tokens.
     """
     assert work.ids is not None and work.weights is not None
-    owner_NK = _owners(work.ids, holders, width)
+    owner_NK = _owners(work.ids, holders, callers)
     parts = [
         Part(holder, _masked(work, owner_NK == number)) for number, holder in enumerate(holders)
     ]
@@ -107,7 +111,7 @@ def split_experts(work: Work, holders: Sequence[Holder], width: int) -> Split:
     return Split(used, missing if len(missing.rows) else None)
 
 
-def _owners(ids_NK: Rows, holders: Sequence[Holder], width: int) -> Ints:
+def _owners(ids_NK: Rows, holders: Sequence[Holder], callers: int) -> Ints:
     """The index of each pair's holder [N, K]; -1 where there is none."""
     spans = list(_spans(holders))
     span_NK = _span_of(ids_NK, spans)
@@ -121,15 +125,15 @@ def _owners(ids_NK: Rows, holders: Sequence[Holder], width: int) -> Ints:
             for h in spans[number][2]
         ]
         row_owner_N = np.full(len(ids_NK), -1)
-        row_owner_N[needed[number]] = _shared_out(len(needed[number]), able, width, added)
+        row_owner_N[needed[number]] = _shared_out(len(needed[number]), able, callers, added)
         owner_NK = np.where(span_NK == number, row_owner_N[:, None], owner_NK)
     return owner_NK
 
 
-def _shared_out(count: int, able: Sequence[Holder], width: int, added: list[int]) -> Ints:
+def _shared_out(count: int, able: Sequence[Holder], callers: int, added: list[int]) -> Ints:
     """Which holder has each of count rows; added learns of them."""
     owners = [np.empty(0, np.int64)]
-    for holder, rows in share(count, able, width):
+    for holder, rows in share(count, able, callers):
         added[int(holder.name)] += rows
         owners.append(np.full(rows, int(holder.name)))
     return np.concatenate(owners)
@@ -152,9 +156,10 @@ def _span_of(ids_NK: Rows, spans: Sequence[tuple[int, int, tuple[int, ...]]]) ->
     return np.where(ids_NK < ends[found], found, -1)
 
 
-def share(count: int, holders: Sequence[Holder], width: int) -> list[tuple[Holder, int]]:
+def share(count: int, holders: Sequence[Holder], callers: int = 1) -> list[tuple[Holder, int]]:
     """Who takes how many of count rows, so that all who take some end at the same time."""
-    able = sorted(holders, key=lambda h: (h.start + count / h.speed, h.name))[: max(1, width)]
+    width = max(1, len(holders) // callers)
+    able = sorted(holders, key=lambda h: (h.start + count / h.speed, h.name))[:width]
     while True:
         counts = _level(count, able)
         least = min(range(len(able)), key=lambda n: counts[n])

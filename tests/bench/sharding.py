@@ -31,7 +31,7 @@ class Bench:
     holders: list[Holder]
 
     def split(self) -> Split:
-        found = split_experts(self.work, self.holders, 1)
+        found = split_experts(self.work, self.holders)
         for part in found.parts:
             take_rows(self.rows, part.work.rows)
         return found

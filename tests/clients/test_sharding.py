@@ -64,10 +64,10 @@ def pairs(works: list[Work]) -> list[tuple[int, int, float]]:
 @settings(max_examples=200, deadline=None)
 @given(fleets(), seeds, st.sampled_from([0, 1, 7, 300]), st.integers(1, 3))
 def test_every_pair_goes_to_one_holder(
-    holders: list[Holder], seed: int, tokens: int, width: int
+    holders: list[Holder], seed: int, tokens: int, callers: int
 ) -> None:
     work = drawn(seed, tokens)
-    found = split_experts(work, holders, width)
+    found = split_experts(work, holders, callers)
     missing = [found.missing] if found.missing else []
     given_out = pairs([part.work for part in found.parts] + missing)
     assert sorted(given_out) == sorted(pairs([work]))
@@ -84,11 +84,11 @@ def test_every_pair_goes_to_one_holder(
 
 @settings(max_examples=200, deadline=None)
 @given(fleets(least=1), st.sampled_from([0, 1, 63, 64, 1000]), st.integers(1, 6))
-def test_every_row_goes_to_one_holder(holders: list[Holder], tokens: int, width: int) -> None:
-    found = split_tokens(Work(np.arange(tokens)), holders, width)
+def test_every_row_goes_to_one_holder(holders: list[Holder], tokens: int, callers: int) -> None:
+    found = split_tokens(Work(np.arange(tokens)), holders, callers)
     rows = [part.work.rows for part in found.parts]
     assert sorted(np.concatenate(rows).tolist()) == list(range(tokens))
-    assert found.missing is None and 1 <= len(rows) <= width
+    assert found.missing is None and 1 <= len(rows) <= max(1, len(holders) // callers)
     assert all(len(some) >= min(LEAST_ROWS, tokens) for some in rows)
 
 
@@ -112,14 +112,14 @@ def computed(split: Split, rows: Any, experts: Any) -> list[Piece]:
 @settings(max_examples=150, deadline=None)
 @given(fleets(), seeds, st.sampled_from([0, 1, 200]), st.integers(1, 3), st.randoms())
 def test_the_sum_is_that_of_one_server(
-    holders: list[Holder], seed: int, tokens: int, width: int, order: Any
+    holders: list[Holder], seed: int, tokens: int, callers: int, order: Any
 ) -> None:
     random = np.random.default_rng(seed)
     holders = [*holders, Holder("all", 0, EXPERTS, 1.0, 10.0)]
     rows, experts = random.standard_normal((tokens, HIDDEN)).astype(np.float32), table(random)
     work = drawn(seed, tokens)
-    pieces = computed(split_experts(work, holders, width), rows, experts)
-    whole = computed(split_experts(work, holders[-1:], 1), rows, experts)
+    pieces = computed(split_experts(work, holders, callers), rows, experts)
+    whole = computed(split_experts(work, holders[-1:]), rows, experts)
     total = add_up(tokens, HIDDEN, pieces, np.dtype(np.float32))
     expected = add_up(tokens, HIDDEN, whole, np.dtype(np.float32))
     np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5)
@@ -163,14 +163,14 @@ def test_wide_sums_cross_blocks() -> None:
 @pytest.mark.parametrize(("queued", "chosen"), [(0.0, "idle"), (500.0, "spare")])
 def test_the_least_loaded_holder_of_a_hot_expert_is_chosen(queued: float, chosen: str) -> None:
     cold, spare = Holder("cold", 0, 8), Holder("spare", 8, 16, 1.0, 100.0)
-    found = split_experts(drawn(1, 50), [cold, spare, Holder("idle", 8, 16, 1.0, queued)], 1)
+    found = split_experts(drawn(1, 50), [cold, spare, Holder("idle", 8, 16, 1.0, queued)])
     assert {part.holder.name for part in found.parts} == {"cold", chosen}
 
 
 def test_what_a_call_adds_counts_as_load() -> None:
     """Experts 8-15 are with `left` too, but `left` alone has the rest: `right` is chosen."""
     left, right = Holder("left", 0, 16), Holder("right", 8, 16)
-    found = split_experts(drawn(2, 50), [left, right], 1)
+    found = split_experts(drawn(2, 50), [left, right])
     by_name = {part.holder.name: part.work.ids for part in found.parts}
     assert (by_name["left"] < 8).all() and (by_name["right"][by_name["right"] >= 0] >= 8).all()
 
@@ -178,7 +178,7 @@ def test_what_a_call_adds_counts_as_load() -> None:
 def test_twins_share_rows_and_send_none_twice() -> None:
     twins = [Holder(f"{side}{n}", b, b + 8) for side, b in (("a", 0), ("b", 8)) for n in range(2)]
     work = drawn(5, 400)
-    narrow, wide = split_experts(work, twins, 1), split_experts(work, twins, 2)
+    narrow, wide = split_experts(work, twins, callers=2), split_experts(work, twins)
     assert (len(narrow.parts), len(wide.parts)) == (2, 4)
     sent = [sum(len(part.work.rows) for part in found.parts) for found in (narrow, wide)]
     assert sent[0] == sent[1]
@@ -186,12 +186,12 @@ def test_twins_share_rows_and_send_none_twice() -> None:
 
 def test_shares_follow_speed_and_queue() -> None:
     fast, slow = Holder("fast", 0, 1, 3000.0), Holder("slow", 0, 1, 1000.0)
-    assert dict_of(share(4000, [slow, fast], 2)) == {"fast": 3000, "slow": 1000}
+    assert dict_of(share(4000, [slow, fast])) == {"fast": 3000, "slow": 1000}
     waiting = Holder("fast", 0, 1, 3000.0, 3000.0)
-    assert dict_of(share(4000, [slow, waiting], 2)) == {"fast": 2250, "slow": 1750}
+    assert dict_of(share(4000, [slow, waiting])) == {"fast": 2250, "slow": 1750}
     buried = Holder("fast", 0, 1, 3000.0, 1e6)
-    assert dict_of(share(4000, [slow, buried], 2)) == {"slow": 4000}
-    assert dict_of(share(LEAST_ROWS, [slow, fast], 2)) == {"fast": LEAST_ROWS}
+    assert dict_of(share(4000, [slow, buried])) == {"slow": 4000}
+    assert dict_of(share(LEAST_ROWS, [slow, fast])) == {"fast": LEAST_ROWS}
 
 
 def dict_of(shares: list[tuple[Holder, int]]) -> dict[str, int]:
@@ -201,7 +201,7 @@ def dict_of(shares: list[tuple[Holder, int]]) -> dict[str, int]:
 @settings(max_examples=200, deadline=None)
 @given(fleets(least=1), st.integers(1, 5000))
 def test_those_who_share_end_together(holders: list[Holder], count: int) -> None:
-    shares = share(count, holders, len(holders))
+    shares = share(count, holders)
     assert sum(rows for _, rows in shares) == count
     ends = [holder.start + rows / holder.speed for holder, rows in shares]
     slack = max(1.5 / holder.speed for holder, _ in shares)
