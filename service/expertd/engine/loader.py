@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from expertd.backends.base import Backend
 from expertd.backends.build import build
 from expertd.capability.device import DeviceInfo
 from expertd.capability.match import layer_refusals
-from expertd.capability.row import Row
+from expertd.capability.row import Cell, Row, State
 from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
 from expertd.engine.resident import LayerState, Resident, Residents, Trust
@@ -22,6 +23,7 @@ from expertd.engine.tuner import Tuner, not_kept
 from expertd.errors import ExpertdError, NoUsablePlan
 from expertd.proof.prover import Prover
 from expertd.proof.selfcheck import self_check
+from expertd.proof.shape import Layer
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.digest import weights_digest
 from expertd.weights.layers import survey
@@ -149,6 +151,7 @@ class Loader:
         resident.judged(self._prover.states(resident.backends), Timings())
         self._self_check(resident)
         self._tuner.tune(resident)
+        self._prove_shape(resident)
 
     def _build(self, row: Row, resident: Resident) -> None:
         """The row's backend, warm for every size of batch; or the reasons why there is none."""
@@ -164,14 +167,31 @@ class Loader:
             log.warning("layer %s: %s", resident.name, refused)
 
     def _self_check(self, resident: Resident) -> None:
-        checked = {backend.row.backend: backend for backend in resident.backends.values()}
-        reference = checked.pop("reference", None)
+        reference, others = _apart(resident)
         if reference is not None:
-            routed = [b for b in checked.values() if b.row.mode is PlanMode.ROUTED]
+            routed = [b for cell, b in others.items() if cell.mode is PlanMode.ROUTED]
             self_check(resident.spec, reference, routed)
+
+    def _prove_shape(self, resident: Resident) -> None:
+        """What will serve is proven as it will serve: tuned, at every bucket, on its true shape."""
+        reference, others = _apart(resident)
+        if reference is None or self._trust.declared:
+            return
+        proven = {c: b for c, b in others.items() if resident.states.get(c) is State.PROVEN}
+        layer = Layer(resident.spec, proven, reference, resident.bias)
+        on_shape = self._prover.shape_states(layer, self._tuner.buckets)
+        resident.judged({**resident.states, **on_shape}, resident.timings)
 
     def _rows(self, resident: Resident) -> Iterator[Row]:
         return (row for row in ROWS if not layer_refusals(row, resident.spec, self._device))
+
+
+def _apart(resident: Resident) -> tuple[Backend | None, dict[Cell, Backend]]:
+    """The reference and the backends to compare with it: all that have not failed a proof."""
+    failed = {cell for cell, state in resident.states.items() if state is State.FAILED}
+    others = {cell: b for cell, b in resident.backends.items() if cell not in failed}
+    references = [cell for cell in others if cell.backend == "reference"]
+    return (others.pop(references[0]) if references else None), others
 
 
 def identity_spec(hidden: int) -> LayerSpec:

@@ -21,12 +21,12 @@ from expertd.core import LayerSpec, PlanMode
 from expertd.engine.choice import likely_plans
 from expertd.engine.race import race
 from expertd.engine.resident import Resident
+from expertd.engine.routers import router_on
 from expertd.engine.timing_store import TimingStore
 from expertd.engine.timings import Timings, kept_layout
 from expertd.engine.watch import Watch, watch_for
 from expertd.proof.batches import random_batch
 from expertd.proof.store import shape_of
-from expertd.routing.reference import route_for
 from expertd_wire.errors import Refusal
 
 log = logging.getLogger(__name__)
@@ -132,4 +132,5 @@ def not_kept(row: Row) -> Refusal:
 
 def _route(resident: Resident, batch: Batch) -> None:
     assert batch.logits is not None and resident.spec.routing is not None
-    route_for(resident.spec.routing, batch.logits, resident.bias)
+    route = router_on(batch.logits.device.type)
+    route(resident.spec.routing, batch.logits, resident.bias)

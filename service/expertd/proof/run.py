@@ -51,17 +51,18 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What is known of a cell after its trials; without any it stays as it was."""
+    """What is known of a cell after its trials; without any, or all of them, it is not proven."""
 
     cell: Cell
     tolerance: float
     trials: tuple[Trial, ...]
+    whole: bool = True
 
     @property
     def state(self) -> State:
-        if not self.trials:
-            return State.PRESENT
-        return State.FAILED if self.failures else State.PROVEN
+        if self.failures:
+            return State.FAILED
+        return State.PROVEN if self.trials and self.whole else State.PRESENT
 
     @property
     def failures(self) -> tuple[Trial, ...]:

@@ -43,6 +43,11 @@ def proven_states(device: DeviceInfo) -> dict[Cell, State]:
     return {} if device.simulated else ProofStore(cache_directory(), device).states()
 
 
+def proven_shapes(device: DeviceInfo, spec: LayerSpec) -> dict[Cell, State]:
+    """The same of a layer's shape."""
+    return {} if device.simulated else ProofStore(cache_directory(), device).shape_states(spec)
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -51,21 +56,43 @@ def _version(package: str) -> str:
 
 
 class ProofStore:
-    """A JSON file per fingerprint in a directory; one that cannot be read counts as empty."""
+    """A JSON file per fingerprint in a directory; one that cannot be read counts as empty.
+
+    A proof is of a cell in general, or of a cell on one shape of layer.
+    """
 
     def __init__(self, directory: Path, device: DeviceInfo) -> None:
         self._path = directory / f"proofs-{fingerprint(device)}.json"
 
     def states(self) -> dict[Cell, State]:
-        """What earlier runs proved or saw fail."""
-        return {cell_of(entry): State(entry["state"]) for entry in self._entries()}
+        """What earlier runs proved of cells in general, or saw fail."""
+        return self._states("", 0)
+
+    def shape_states(self, spec: LayerSpec, buckets: int = 0) -> dict[Cell, State]:
+        """The same on layers of this shape, at so many buckets of tokens or more."""
+        return self._states(shape_of(spec), buckets)
 
     def keep(self, proofs: Iterable[Proof]) -> None:
         """Adds proofs that ran, in place of older ones of their cells."""
-        ran = [_entry(proof) for proof in proofs if proof.trials]
-        cells = {cell_of(entry) for entry in ran}
-        kept = [entry for entry in self._entries() if cell_of(entry) not in cells]
-        replace_entries(self._path, "proofs", kept + ran)
+        self._keep([_entry(proof) for proof in proofs if proof.trials])
+
+    def keep_shape(self, spec: LayerSpec, proofs: Iterable[Proof], buckets: int) -> None:
+        """Adds proofs on a shape, unless they neither succeeded nor failed."""
+        named = {"shape": shape_of(spec), "buckets": buckets}
+        ended = (proof for proof in proofs if proof.state is not State.PRESENT)
+        self._keep([{**_entry(proof), **named} for proof in ended])
+
+    def _states(self, shape: str, buckets: int) -> dict[Cell, State]:
+        return {
+            cell_of(entry): State(entry["state"])
+            for entry in self._entries()
+            if entry.get("shape", "") == shape and entry.get("buckets", 0) >= buckets
+        }
+
+    def _keep(self, added: list[dict[str, Any]]) -> None:
+        replaced = {_key(entry) for entry in added}
+        kept = [entry for entry in self._entries() if _key(entry) not in replaced]
+        replace_entries(self._path, "proofs", kept + added)
 
     def _entries(self) -> list[dict[str, Any]]:
         return [entry for entry in read_entries(self._path, "proofs") if _readable(entry)]
@@ -73,9 +100,15 @@ class ProofStore:
 
 def _readable(entry: dict[str, Any]) -> bool:
     try:
-        return bool(cell_of(entry) and State(entry["state"]))
+        return bool(_key(entry) and State(entry["state"])) and isinstance(
+            entry.get("buckets", 0), int
+        )
     except (KeyError, ValueError):
         return False
+
+
+def _key(entry: dict[str, Any]) -> tuple[str, Cell]:
+    return str(entry.get("shape", "")), cell_of(entry)
 
 
 def _entry(proof: Proof) -> dict[str, Any]:
