@@ -15,7 +15,7 @@ INSTALLED := $(if $(findstring --device cuda,$(WORDS)),.venv/.gpu-installed,.ven
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test test-all lint format proto bench clean
+.PHONY: help install serve test test-all lint format proto bench bench-cpu clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 10
@@ -47,6 +47,9 @@ bench: .venv/.installed ## benchmarks of the way there and back, on CPU
 	$(BIN)/python -m tests.bench.admission
 	$(BIN)/python -m tests.bench.grpc_servers
 	$(BIN)/python -m tests.bench.rpc_cpu
+
+bench-cpu: .venv/.installed ## the CPU's experts beside transformers', and what merging gains
+	$(BIN)/python -m tests.bench.cpu
 
 clean: ## delete caches and build outputs; the environments stay
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from expertd.backends.activation import activate
 from expertd.backends.base import Backend, Batch
 from expertd.backends.rows import plain_rows, shares
 from expertd.weights.canonical import ExpertWeights
-from expertd.weights.dequant import dequantize_to
+from expertd.weights.dequant import first_to, second_to
+
+MOST_PAIRS = 4096
+"""How many (row, expert) pairs are activated at once: it bounds the memory that they take."""
 
 
 class TorchExperts(Backend):
@@ -41,26 +44,57 @@ class TorchExperts(Backend):
         weights = batch.weights.reshape(-1)[pairs].to(torch.float32).unsqueeze(1)
         total = torch.zeros(batch.out.shape, dtype=torch.float32, device=rows.device)
         begin = 0
-        for expert, count in zip(experts, counts, strict=True):
-            mine = slice(begin, begin + count)
-            total.index_add_(
-                0, tokens[mine], self._expert(expert, rows[tokens[mine]], weights[mine])
-            )
-            begin += count
+        for group in _groups(experts, counts):
+            end = begin + sum(group.values())
+            self._add(total, rows, tokens[begin:end], weights[begin:end], group)
+            begin = end
         batch.out.copy_(total)
 
-    def _expert(self, expert: int, rows_NH: Tensor, weights_N1: Tensor) -> Tensor:
-        """One expert's weighted output [N, H] in float32."""
-        local = expert - self.spec.expert_begin
-        w13, w2 = dequantize_to(self.weights, local, rows_NH.dtype)
+    def _add(
+        self,
+        total_TH: Tensor,
+        rows_TH: Tensor,
+        tokens_N: Tensor,
+        weights_N1: Tensor,
+        group: dict[int, int],
+    ) -> None:
+        """Adds some experts' weighted outputs; group is expert → how many of the pairs are its."""
+        counts = list(group.values())
         on_input = self.spec.routing is not None and self.spec.routing.weight_site == "input"
+        inner = rows_TH[tokens_N]
         if on_input:
-            rows_NH = (rows_NH.float() * weights_N1).to(rows_NH.dtype)
-        inner = functional.linear(rows_NH, w13, self._bias(self.weights.bias13, local, rows_NH))
+            inner = (inner.float() * weights_N1).to(inner.dtype)
+        inner = torch.cat(
+            [self._first(*one) for one in zip(group, inner.split(counts), strict=True)]
+        )
         inner = activate(self.spec.activation, inner)
-        out = functional.linear(inner, w2, self._bias(self.weights.bias2, local, rows_NH)).float()
-        return out if on_input else out * weights_N1
+        parts = (x.split(counts) for x in (inner, tokens_N, weights_N1))
+        for expert, inner_N, mine_N, weight_N1 in zip(group, *parts, strict=True):
+            out = self._second(expert, inner_N).float()
+            total_TH.index_add_(0, mine_N, out if on_input else out * weight_N1)
 
-    @staticmethod
-    def _bias(bias_LN: Tensor | None, local: int, like: Tensor) -> Tensor | None:
-        return None if bias_LN is None else bias_LN[local].to(like.dtype)
+    def _first(self, expert: int, rows_NH: Tensor) -> Tensor:
+        local = expert - self.spec.expert_begin
+        w13 = first_to(self.weights, local, rows_NH.dtype)
+        return functional.linear(rows_NH, w13, _bias(self.weights.bias13, local, rows_NH))
+
+    def _second(self, expert: int, inner_NI: Tensor) -> Tensor:
+        local = expert - self.spec.expert_begin
+        w2 = second_to(self.weights, local, inner_NI.dtype)
+        return functional.linear(inner_NI, w2, _bias(self.weights.bias2, local, inner_NI))
+
+
+def _groups(experts: Sequence[int], counts: Sequence[int]) -> Iterator[dict[int, int]]:
+    """Experts with their counts, as many at a time as MOST_PAIRS allows, but at least one."""
+    group: dict[int, int] = {}
+    for expert, count in zip(experts, counts, strict=True):
+        if group and sum(group.values()) + count > MOST_PAIRS:
+            yield group
+            group = {}
+        group[expert] = count
+    if group:
+        yield group
+
+
+def _bias(bias_LN: Tensor | None, local: int, like: Tensor) -> Tensor | None:
+    return None if bias_LN is None else bias_LN[local].to(like.dtype)

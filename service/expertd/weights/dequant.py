@@ -22,10 +22,21 @@ def dequantize(weights: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]:
 
 def dequantize_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """As dequantize, rounded once to dtype; plain weights of that dtype come as views."""
+    return first_to(weights, expert, dtype), second_to(weights, expert, dtype)
+
+
+def first_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> Tensor:
+    """w13 [M, H] of one expert in dtype; plain weights of that dtype come as a view."""
     if weights.w13.dtype == dtype:
-        return weights.w13[expert], weights.w2[expert]
-    up_gate = [dequantize_matrix(half).to(dtype) for half in first_matrices(weights, expert)]
-    return torch.cat(up_gate), dequantize_matrix(second_matrix(weights, expert)).to(dtype)
+        return weights.w13[expert]
+    return torch.cat([dequantize_matrix(m).to(dtype) for m in first_matrices(weights, expert)])
+
+
+def second_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> Tensor:
+    """w2 [H, I] of one expert in dtype; plain weights of that dtype come as a view."""
+    if weights.w2.dtype == dtype:
+        return weights.w2[expert]
+    return dequantize_matrix(second_matrix(weights, expert)).to(dtype)
 
 
 def dequantize_matrix(matrix: Matrix) -> Tensor:
