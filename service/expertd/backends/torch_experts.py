@@ -65,10 +65,10 @@ class TorchExperts(Backend):
         if on_input:
             inner = (inner.float() * weights_N1).to(inner.dtype)
         inner = torch.cat(
-            [self._first(*one) for one in zip(group, inner.split(counts), strict=True)]
+            [self._first(*one) for one in zip(group, torch.split(inner, counts), strict=True)]
         )
         inner = activate(self.spec.activation, inner)
-        parts = (x.split(counts) for x in (inner, tokens_N, weights_N1))
+        parts = (torch.split(x, counts) for x in (inner, tokens_N, weights_N1))
         for expert, inner_N, mine_N, weight_N1 in zip(group, *parts, strict=True):
             out = self._second(expert, inner_N).float()
             total_TH.index_add_(0, mine_N, out if on_input else out * weight_N1)
