@@ -20,3 +20,13 @@ def recording() -> Iterator[Recording]:
     stand_in(recorded)
     yield recorded
     stand_in(None)
+
+
+@pytest.fixture
+def twin() -> Iterator[None]:
+    """The independent emulation of the kernels in FlashInfer's place."""
+    from tests.twins import trtllm
+
+    stand_in(trtllm.library())
+    yield
+    stand_in(None)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from tests.twins.trtllm import library
 
-from expertd.backends.flashinfer.library import stand_in
 from expertd.capability.device import simulated
 from expertd.capability.row import Row, State
 from expertd.capability.rows.flashinfer_trtllm import ROWS
@@ -16,13 +13,6 @@ from expertd.core import QuantScheme
 from expertd.proof.run import prove
 
 CELLS = [(row, quant) for row in ROWS for quant in row.quants]
-
-
-@pytest.fixture
-def twin() -> Iterator[None]:
-    stand_in(library())
-    yield
-    stand_in(None)
 
 
 @pytest.mark.slow
