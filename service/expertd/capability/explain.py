@@ -7,6 +7,7 @@ from typing import Any
 
 from expertd.capability.device import DeviceInfo, device_named
 from expertd.capability.plan import Plan, PlanSet, Rejected, States, plan
+from expertd.capability.row import State
 from expertd.capability.spec import parse_spec
 from expertd.core import CallForm, LayerSpec
 from expertd.errors import InvalidArgument
@@ -15,17 +16,24 @@ REQUEST = ("spec", "device", "flashinfer", "backend")
 
 
 def explain(
-    spec: LayerSpec, form: CallForm, device: DeviceInfo, *, states: States | None = None
+    spec: LayerSpec,
+    form: CallForm,
+    device: DeviceInfo,
+    *,
+    states: States | None = None,
+    shape: States | None = None,
 ) -> dict[str, Any]:
     """The answer of `expertd explain` and of POST /v1/explain, as JSON.
 
-    A cell without a proof counts as a plan and shows its state; a failed one does not.
+    A cell without a proof counts as a plan and shows its state; a failed one does not. shape is
+    what is proven of this very shape of layer; a plan's proof tells which of the two it has.
     """
-    found = plan(spec, form, device, states=states, trust_declared=True)
+    known = {**(states or {}), **(shape or {})}
+    found = plan(spec, form, device, states=known, trust_declared=True)
     return {
         "routing_method": spec.routing.method if spec.routing else None,
         **({"routing_refusal": spec.routing_refusal} if spec.routing_refusal else {}),
-        "plans": [_plan(usable) for usable in found.usable],
+        "plans": [_plan(usable, spec, shape or {}) for usable in found.usable],
         "rejected": [_rejected(entry) for entry in found.rejected],
         "advice": advice(found),
     }
@@ -59,13 +67,15 @@ def _distance(entry: Rejected) -> tuple[bool, int]:
     return hopeless, len(entry.refusals)
 
 
-def _plan(usable: Plan) -> dict[str, str]:
+def _plan(usable: Plan, spec: LayerSpec, shape: States) -> dict[str, str]:
+    proof = "shape" if usable.row.cell(spec.quant) in shape else "cell"
     return {
         "backend": usable.backend,
         "mode": usable.mode,
         "entry": usable.entry,
         "activation": usable.activation,
         "state": usable.state,
+        **({"proof": proof} if usable.state is State.PROVEN else {}),
     }
 
 

@@ -13,11 +13,12 @@ from rich.table import Table
 
 from expertd.capability.device import DeviceInfo, device_named
 from expertd.capability.explain import explain
+from expertd.capability.plan import States
 from expertd.capability.spec import call_form, parse_spec
 from expertd.cli.capabilities import COLOURS, add_device_arguments
-from expertd.core import LayerSpec
+from expertd.core import CallForm, LayerSpec
 from expertd.errors import InvalidArgument
-from expertd.proof.store import proven_states
+from expertd.proof.store import proven_shapes, proven_states
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.layers import layer_specs, ranges
 
@@ -58,8 +59,7 @@ def _of_spec(text: str, device: DeviceInfo, backend: str) -> Answer:
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"--spec is not JSON: {error}") from None
     described = parse_spec(given)
-    states = proven_states(device)
-    return explain(described.spec, described.form(backend), device, states=states)
+    return _answer(described.spec, described.form(backend), device, proven_states(device))
 
 
 def _of_model(path: Path, layer: int | None, device: DeviceInfo, backend: str) -> list[Answer]:
@@ -70,10 +70,14 @@ def _of_model(path: Path, layer: int | None, device: DeviceInfo, backend: str) -
         alike.setdefault(spec, []).append(number)
     states = proven_states(device)
     answers = {
-        ranges(numbers): explain(spec, call_form(spec, backend=backend), device, states=states)
+        ranges(numbers): _answer(spec, call_form(spec, backend=backend), device, states)
         for spec, numbers in alike.items()
     }
     return [{"layers": numbers, **answer} for numbers, answer in answers.items()]
+
+
+def _answer(spec: LayerSpec, form: CallForm, device: DeviceInfo, states: States) -> Answer:
+    return explain(spec, form, device, states=states, shape=proven_shapes(device, spec))
 
 
 def show(answer: Answer, device: DeviceInfo, console: Console) -> None:
@@ -90,7 +94,8 @@ def show(answer: Answer, device: DeviceInfo, console: Console) -> None:
 def _plans(answer: Answer, title: str) -> Table:
     table = Table("", "backend", "mode", "entry", "activations", "state", title=title)
     for rank, plan in enumerate(answer["plans"], 1):
-        state = f"[{COLOURS[plan['state']]}]{plan['state']}[/]"
+        proof = " on this shape" if plan.get("proof") == "shape" else ""
+        state = f"[{COLOURS[plan['state']]}]{plan['state']}{proof}[/]"
         names = ("backend", "mode", "entry", "activation")
         table.add_row(str(rank), *(plan[name] for name in names), state)
     return table

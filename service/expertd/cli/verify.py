@@ -1,10 +1,14 @@
-"""expertd verify: prove every cell that this machine can run, against the fp32 reference."""
+"""expertd verify: prove every cell that this machine can run, against the fp32 reference.
+
+With --model the plans of a checkpoint's layers too, each on its true shape and tuned.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -15,16 +19,25 @@ from expertd.capability.device import DeviceInfo, detect
 from expertd.capability.match import device_refusals
 from expertd.capability.row import Row, State
 from expertd.capability.rows import BACKENDS, ROWS
+from expertd.cli import shapes
 from expertd.config import cache_directory
 from expertd.core import QuantScheme
+from expertd.engine.loader import layer_of
+from expertd.engine.resident import Trust
+from expertd.engine.tuner import Tuning
 from expertd.errors import InvalidArgument
 from expertd.proof.run import Proof, prove
+from expertd.proof.shape import prove_shape
 from expertd.proof.store import ProofStore
+
+SHAPE_SECONDS = 600.0
+"""Nobody waits for a server to start here."""
 
 COLOURS = {State.PROVEN: "green", State.FAILED: "red"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    shapes.add_arguments(parser, required=False)
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda:N")
     parser.add_argument("--backend", default=None, metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
@@ -39,8 +52,30 @@ def run(args: argparse.Namespace) -> int:
     cells = list(usable_cells(device, args.backend))
     proofs = list(_proven(cells, device, args.seed, quiet=args.json))
     ProofStore(cache_directory(), device).keep(proofs)
-    print(json.dumps(report(device, proofs))) if args.json else _show(device, proofs)
-    return 1 if any(proof.state is State.FAILED for proof in proofs) else 0
+    on_shapes = dict(_on_shapes(args, device)) if args.model else {}
+    if args.json:
+        print(json.dumps(report(device, proofs, on_shapes)))
+    else:
+        _show(f"{device.name}, FlashInfer {device.flashinfer or 'absent'}", proofs)
+        for layers, mine in on_shapes.items():
+            _show(f"layers {layers} of {args.model}", mine)
+    everything = [*proofs, *(proof for mine in on_shapes.values() for proof in mine)]
+    return 1 if any(proof.state is State.FAILED for proof in everything) else 0
+
+
+def _on_shapes(args: argparse.Namespace, device: DeviceInfo) -> Iterator[tuple[str, list[Proof]]]:
+    """Proofs of all plans that the layers of each shape may run on, by those layers' numbers."""
+    buckets, store = shapes.buckets_of(args), ProofStore(cache_directory(), device)
+    tuning = Tuning(buckets, enabled=False)
+    for resident, layers in shapes.first_layers(args, device, tuning, Trust(declared=True)):
+        if (layer := layer_of(resident)) is None:
+            continue
+        if args.backend is not None:
+            mine = {c: b for c, b in layer.backends.items() if c.backend == args.backend}
+            layer = replace(layer, backends=mine)
+        proofs = list(prove_shape(layer, buckets, SHAPE_SECONDS).values())
+        store.keep_shape(resident.spec, proofs, len(buckets))
+        yield layers, proofs
 
 
 def usable_cells(device: DeviceInfo, backend: str | None) -> Iterator[tuple[Row, QuantScheme]]:
@@ -62,13 +97,20 @@ def _proven(
             progress.advance(task)
 
 
-def report(device: DeviceInfo, proofs: list[Proof]) -> dict[str, Any]:
+def report(
+    device: DeviceInfo, proofs: list[Proof], on_shapes: dict[str, list[Proof]]
+) -> dict[str, Any]:
     """What --json prints."""
+    told = [
+        {"layers": layers, "cells": [_cell(proof) for proof in mine]}
+        for layers, mine in on_shapes.items()
+    ]
     return {
         "device": device.name,
         "arch": device.arch,
         "flashinfer": device.flashinfer,
         "cells": [_cell(proof) for proof in proofs],
+        "shapes": told,
     }
 
 
@@ -87,8 +129,8 @@ def _cell(proof: Proof) -> dict[str, Any]:
     }
 
 
-def _show(device: DeviceInfo, proofs: list[Proof]) -> None:
-    table = Table(title=f"{device.name}, FlashInfer {device.flashinfer or 'absent'}")
+def _show(title: str, proofs: list[Proof]) -> None:
+    table = Table(title=title)
     for column in ("backend", "entry", "mode", "rows", "weights", "state", "trials", "worst / may"):
         table.add_column(column)
     for proof in proofs:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from expertd.backends.base import Backend
 from expertd.backends.build import build
 from expertd.capability.device import DeviceInfo
 from expertd.capability.match import layer_refusals
-from expertd.capability.row import Cell, Row, State
+from expertd.capability.row import Row, State
 from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
 from expertd.engine.resident import LayerState, Resident, Residents, Trust
@@ -167,31 +166,35 @@ class Loader:
             log.warning("layer %s: %s", resident.name, refused)
 
     def _self_check(self, resident: Resident) -> None:
-        reference, others = _apart(resident)
-        if reference is not None:
-            routed = [b for cell, b in others.items() if cell.mode is PlanMode.ROUTED]
-            self_check(resident.spec, reference, routed)
+        layer = layer_of(resident)
+        if layer is not None:
+            routed = [b for cell, b in layer.backends.items() if cell.mode is PlanMode.ROUTED]
+            self_check(resident.spec, layer.reference, routed)
 
     def _prove_shape(self, resident: Resident) -> None:
         """What will serve is proven as it will serve: tuned, at every bucket, on its true shape."""
-        reference, others = _apart(resident)
-        if reference is None or self._trust.declared:
+        layer = layer_of(resident)
+        if layer is None or self._trust.declared:
             return
-        proven = {c: b for c, b in others.items() if resident.states.get(c) is State.PROVEN}
-        layer = Layer(resident.spec, proven, reference, resident.bias)
+        states = resident.states
+        proven = {c: b for c, b in layer.backends.items() if states.get(c) is State.PROVEN}
+        layer = replace(layer, backends=proven)
         on_shape = self._prover.shape_states(layer, self._tuner.buckets)
-        resident.judged({**resident.states, **on_shape}, resident.timings)
+        resident.judged({**states, **on_shape}, resident.timings)
 
     def _rows(self, resident: Resident) -> Iterator[Row]:
         return (row for row in ROWS if not layer_refusals(row, resident.spec, self._device))
 
 
-def _apart(resident: Resident) -> tuple[Backend | None, dict[Cell, Backend]]:
-    """The reference and the backends to compare with it: all that have not failed a proof."""
+def layer_of(resident: Resident) -> Layer | None:
+    """The backends to compare with the reference: all that have not failed; None without it."""
     failed = {cell for cell, state in resident.states.items() if state is State.FAILED}
     others = {cell: b for cell, b in resident.backends.items() if cell not in failed}
-    references = [cell for cell in others if cell.backend == "reference"]
-    return (others.pop(references[0]) if references else None), others
+    names = [cell for cell in others if cell.backend == "reference"]
+    if not names:
+        return None
+    reference = others.pop(names[0])
+    return Layer(resident.spec, others, reference, resident.bias)
 
 
 def identity_spec(hidden: int) -> LayerSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from expertd.capability.device import detect
 from expertd.capability.row import State
 from expertd.capability.rows.grouped import ROWS as GROUPED
 from expertd.capability.rows.reference import ROWS as REFERENCE
+from expertd.cli import main
 from expertd.core import LayerSpec, QuantScheme
 from expertd.core.buckets import token_buckets
 from expertd.core.routing import RoutingMethod, RoutingSpec
@@ -25,6 +27,7 @@ from expertd.proof.prover import Prover
 from expertd.proof.run import Proof
 from expertd.proof.shape import HARD_CASES, Layer, prove_shape
 from expertd.proof.store import ProofStore
+from expertd.weights.demo import write_demo
 
 ROW = replace(GROUPED[0], needs_proof=True)
 CPU = torch.device("cpu")
@@ -130,6 +133,15 @@ def test_a_planted_fault_is_found(fault: type[Grouped], cases: set[str] | None) 
     assert failed == cases if cases else len(failed) > 5
 
 
+def test_a_plan_that_writes_nothing_does_not_pass_for_the_one_before_it() -> None:
+    found = layer()
+    other = replace(ROW, backend="other").cell(SPEC.quant)
+    (idle,) = layer(WritesNothing).backends.values()
+    both = replace(found, backends={**found.backends, other: idle})
+    proofs = prove_shape(both, BUCKETS, 60)
+    assert (proofs[CELL].state, proofs[other].state) == (State.PROVEN, State.FAILED)
+
+
 def test_what_the_budget_leaves_out_is_not_proven() -> None:
     ticks = iter(range(1000))
     found = proof(layer(), seconds=5, clock=lambda: float(next(ticks)))
@@ -182,3 +194,47 @@ def test_a_plan_that_needs_no_proof_gets_none(tmp_path: Path) -> None:
     backend = build(free, SPEC, random_weights(SPEC, generator(8)), None, CPU)
     found = layer()
     assert prover(tmp_path).shape_states(replace(found, backends={CELL: backend}), BUCKETS) == {}
+
+
+@pytest.mark.slow
+def test_verify_proves_a_models_shapes_and_explain_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_demo(tmp_path / "model", quant=QuantScheme.BF16)
+    path = ["--model", str(tmp_path / "model"), "--device", "cpu", "--json"]
+    assert main(["explain", *path]) == 0
+    before = json.loads(capsys.readouterr().out)["layers"][0]["plans"][0]
+    monkeypatch.setattr("expertd.cli.verify.usable_cells", lambda *_: [])
+    assert main(["verify", *path, "--max-batch-tokens", "32"]) == 0
+    (shape,) = json.loads(capsys.readouterr().out)["shapes"]
+    assert shape["layers"] == "0-1"
+    (cell,) = shape["cells"]
+    assert (cell["backend"], cell["state"]) == ("grouped", "proven")
+    assert cell["trials"] == len(HARD_CASES) + len(token_buckets(32))
+    assert main(["explain", *path]) == 0
+    after = json.loads(capsys.readouterr().out)["layers"][0]["plans"][0]
+    assert before["state"] == "present" and "proof" not in before
+    assert (after["proof"], after["state"]) == ("shape", "proven")
+
+
+@pytest.mark.slow
+def test_a_shape_that_fails_is_no_plan_and_exits_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_demo(tmp_path / "model", quant=QuantScheme.BF16)
+    monkeypatch.setattr("expertd.cli.verify.usable_cells", lambda *_: [])
+    forward = Grouped._forward
+
+    def wrong(own: Grouped, batch: Batch) -> None:
+        forward(own, replace(batch, rows=-batch.rows) if len(batch.rows) == 32 else batch)
+
+    monkeypatch.setattr(Grouped, "_forward", wrong)
+    path = ["--model", str(tmp_path / "model"), "--device", "cpu", "--json"]
+    assert main(["verify", *path, "--max-batch-tokens", "32"]) == 1
+    (cell,) = json.loads(capsys.readouterr().out)["shapes"][0]["cells"]
+    assert [failure["case"] for failure in cell["failures"]] == ["32 tokens"]
+    assert main(["explain", *path]) == 3
+    (layers,) = json.loads(capsys.readouterr().out)["layers"]
+    assert "proof_failed" in str(layers["rejected"])
