@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +23,7 @@ from expertd_client.errors import (
 from expertd_client.fleet.editions import Edition, Offer, choose, editions
 from expertd_client.fleet.endpoints import Endpoints
 from expertd_client.fleet.link import Connect, Link
-from expertd_client.fleet.pace import Pace, Pause
+from expertd_client.fleet.pace import FIRST_SPEED, Pace, Pause
 from expertd_client.sharding import Holder
 from expertd_wire.v1 import experts_pb2 as pb
 
@@ -57,10 +57,10 @@ class Replica:
         self.queued_by_others = 0
         self.nudge = asyncio.Event()
 
-    def holder(self, offer: Offer) -> Holder:
+    def holder(self, offer: Offer, speed: float) -> Holder:
         """Its range of a layer, with its present load."""
         waiting = self.pace.rows + self.queued_by_others
-        return Holder(self.target, *offer.range, self.pace.speed, waiting)
+        return Holder(self.target, *offer.range, speed, waiting)
 
     def failed(self, error: ExpertdError, now: float) -> None:
         """Leaves it alone for a while, and asks it what has become of it."""
@@ -139,6 +139,17 @@ class Fleet:
             if replica.serving
             for layer in list((replica.layers or {}).values())
             if model in (None, layer.model)
+        ]
+
+    def holders(self, offers: Sequence[Offer], now: float) -> list[Holder]:
+        """These replicas with their load; one that is not measured is thought to be like others."""
+        replicas = [(offer, self.replicas[offer.target]) for offer in offers]
+        speeds = [replica.pace.speed(now) for _, replica in replicas]
+        known = [speed for speed in speeds if speed is not None]
+        usual = sum(known) / len(known) if known else FIRST_SPEED
+        return [
+            replica.holder(offer, speed or usual)
+            for (offer, replica), speed in zip(replicas, speeds, strict=True)
         ]
 
     def editions(self, model: str, layer: int) -> list[Edition]:

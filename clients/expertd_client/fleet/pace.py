@@ -7,7 +7,10 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 FIRST_SPEED = 10_000.0
-"""Rows a second that a replica is thought to do until it has been measured."""
+"""Rows a second that replicas are thought to do until one of them has been measured."""
+
+FRESH_SECONDS = 5.0
+"""A measure older than this is forgotten, so that a replica that was slow is tried again."""
 
 _FADE = 0.9
 _LEAST_SAMPLES = 16
@@ -22,14 +25,15 @@ class Pace:
     done: float = 0.0
     busy: float = 0.0
 
-    @property
-    def speed(self) -> float:
-        return self.done / self.busy if self.busy > 0 and self.done else FIRST_SPEED
+    def speed(self, now: float) -> float | None:
+        """Rows a second; None if it has not been measured of late."""
+        return self.done / self.busy if self.done and now - self.last_end < FRESH_SECONDS else None
 
     def finished(self, rows: int, begin: float, now: float) -> None:
         """An attempt has been answered; what it waited for others is not counted as its own."""
         spent = max(1e-6, now - max(begin, self.last_end))
-        self.done, self.busy = _FADE * self.done + rows, _FADE * self.busy + spent
+        fade = _FADE if now - self.last_end < FRESH_SECONDS else 0.0
+        self.done, self.busy = fade * self.done + rows, fade * self.busy + spent
         self.last_end = now
 
 

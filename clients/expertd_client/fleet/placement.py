@@ -79,13 +79,15 @@ class Placement:
         self, work: Work, barred: frozenset[str], callers: int, *, paused: bool = False
     ) -> Split:
         """By the holders of now; paused counts those too that are left alone for a while."""
-        now, holders = asyncio.get_running_loop().time(), []
-        for offer in self._offers():
-            replica = self._fleet.replicas.get(offer.target)
-            if replica is None or offer.target in barred or not (self.sums or offer.complete):
-                continue
-            if paused or replica.pause.over(now):
-                holders.append(replica.holder(offer))
+        now = asyncio.get_running_loop().time()
+        able = [
+            offer
+            for offer in self._offers()
+            if offer.target not in barred
+            and (self.sums or offer.complete)
+            and (paused or self._fleet.replicas[offer.target].pause.over(now))
+        ]
+        holders = self._fleet.holders(able, now)
         return (split_experts if self.sums else split_tokens)(work, holders, callers)
 
     def _offers(self) -> Sequence[Offer]:
