@@ -51,6 +51,7 @@ from expertd_wire.v1 import experts_pb2 as pb
 log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_SECONDS = 0.05
+ABANDON_SECONDS = 1.0
 
 
 class Addresses(NamedTuple):
@@ -72,7 +73,9 @@ class App:
         self.residents = Residents()
         self.metrics = Metrics(self.residents, build_info(self._device))
         self.metrics.cells(self._count_cells)
-        self.engine = Engine(self.residents, torch_device, _options(settings), self.metrics)
+        self.engine = Engine(
+            self.residents, torch_device, _options(settings), self.metrics, self._lose
+        )
         self._prover = Prover(ProofStore(cache_directory(), self._device), self._device)
         trust = Trust(_trusts_declared(settings), settings.exact_routing)
         tuner = Tuner(TimingStore(cache_directory(), self._device), torch_device, _tuning(settings))
@@ -121,6 +124,16 @@ class App:
         self._http.stop()
         return drained
 
+    def abandon(self) -> None:
+        """Down without a drain, when the device is lost; what was answered still leaves."""
+        self._grpc.stop(ABANDON_SECONDS)
+        self._http.stop()
+
+    def _lose(self) -> None:
+        """Out of health before anybody is told; then the process ends."""
+        self._grpc.set_serving(False)
+        self._stop.set()
+
     def _build_grpc(self, guard: Guard, tls: TlsFiles | None) -> GrpcServer:
         chosen = self.settings
         limits = GrpcLimits(
@@ -135,7 +148,8 @@ class App:
             ).handlers(),
             ADMIN_SERVICE: AdminService(self.steward).handlers(),
         }
-        return GrpcServer(services, limits, guard, tls)
+        refused = partial(self.metrics.rejected, "queue_full")
+        return GrpcServer(services, limits, guard, tls, refused)
 
     def _build_http(self, guard: Guard, tls: TlsFiles | None) -> HttpServer:
         chosen = self.settings

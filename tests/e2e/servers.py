@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +53,10 @@ def expertd(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def serving(home: Path, *args: str) -> Iterator[Server]:
+def serving(home: Path, *args: str, program: Sequence[str] = EXPERTD) -> Iterator[Server]:
     """`expertd serve` with these flags on free ports, ready; killed if it outlives its test."""
     log = home / f"serve-{len(list(home.glob('serve-*')))}.log"
-    command = [*EXPERTD, "serve", *PORTS, "--announce", "json", *args]
+    command = [*program, "serve", *PORTS, "--announce", "json", *args]
     with (
         log.open("w") as errors,
         subprocess.Popen(

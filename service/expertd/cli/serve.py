@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from expertd.config import Resolved, Settings, add_flags, resolve
 from expertd.logs import set_up
 from expertd.preflight import check_settings
 
 if TYPE_CHECKING:
-    from expertd.app import Addresses
+    from expertd.app import Addresses, App
+
+LOST_EXIT_CODE = 70
+"""How a process ends whose device is lost, so that its supervisor starts another."""
+ABANDON_SECONDS = 3.0
+SWITCH_SECONDS = 0.0005
+"""How long one busy thread may keep the others waiting; Python's own 5 ms are many calls."""
 
 SNIPPET = """\
 from expertd_client import Client
@@ -46,8 +53,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(settings: Settings) -> int:
-    """Runs until SIGINT or SIGTERM; 0 after a complete drain, 1 if a layer or the engine failed."""
+    """Runs until SIGINT or SIGTERM; 0 after a complete drain, 1 if a layer or the engine failed.
+
+    Ends the process with LOST_EXIT_CODE when the device is lost.
+    """
     check_settings(settings)
+    sys.setswitchinterval(SWITCH_SECONDS)
     from expertd.app import App
 
     stop = threading.Event()
@@ -60,8 +71,20 @@ def serve(settings: Settings) -> int:
     elif not stop.is_set():
         print("expertd: not every layer is ready; /readyz says why", file=sys.stderr)
     stop.wait()
+    if app.engine.device_lost:
+        _abandon(app)
     drained = app.stop()
     return 0 if drained and app.engine.healthy else 1
+
+
+def _abandon(app: App) -> NoReturn:
+    """Ends the process at once: the libraries of a lost device may hang or crash at its exit."""
+    last = threading.Timer(ABANDON_SECONDS, os._exit, (LOST_EXIT_CODE,))
+    last.daemon = True
+    last.start()
+    app.abandon()
+    logging.shutdown()
+    os._exit(LOST_EXIT_CODE)
 
 
 def _announce(settings: Settings, addresses: Addresses) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from expertd.engine.drain import DrainRate
@@ -17,14 +18,18 @@ from expertd.errors import Cancelled, DeadlineExceeded, ExpertdError, Overloaded
 class Batcher:
     """Takes tickets from any thread, gives batches to one; never waits while the device is idle.
 
-    A ticket with pieces is admitted as a whole and queued as its pieces.
+    A ticket with pieces is admitted as a whole and queued as its pieces. With overlap a batch may
+    be taken while the one before it still computes, but only if it is as large as that: a smaller
+    one grows until computed() is called.
     """
 
-    def __init__(self, budget: Budget, rules: Rules) -> None:
+    def __init__(self, budget: Budget, rules: Rules, overlap: bool = False) -> None:
         self._rules = rules
         self._queue: dict[Ticket, None] = {}
         self._ledger = Ledger(budget)
         self._rate = DrainRate()
+        self._overlap = overlap
+        self._ahead: Sequence[Ticket] = ()
         self._overtaken = 0
         self._first_deadline = math.inf
         self._closed = ""
@@ -64,9 +69,14 @@ class Batcher:
                     return []
                 if not self._queue:
                     self._rate.idle()
-                    self._changed.wait()
-                elif wait_ns:
-                    self._changed.wait(wait_ns / 1e9)
+                self._changed.wait(wait_ns / 1e9 if wait_ns else None)
+
+    def computed(self, batch: Sequence[Ticket]) -> None:
+        """The device has computed a batch; if it was the last one taken, it is idle now."""
+        if self._ahead is batch:
+            with self._changed:
+                self._ahead = ()
+                self._changed.notify()
 
     def close(self, why: str) -> None:
         """Refuses new tickets, saying why; those already queued run without further delay."""
@@ -99,15 +109,20 @@ class Batcher:
 
     def _take(self) -> tuple[list[Ticket], int]:
         """The next batch without those whose callers have left; from here on none can cancel."""
-        now_ns = time.monotonic_ns()
-        choice = choose(tuple(self._queue), now_ns, self._rules, self._overtaken)
-        self._overtaken = choice.overtaken
-        for ticket in choice.batch:
-            self._remove(ticket)
-        batch = [t for t in choice.batch if t.future.set_running_or_notify_cancel()]
-        if batch:
-            self._rate.took(sum(ticket.tokens for ticket in batch), now_ns)
-        return batch, choice.wait_ns
+        while True:
+            now_ns = time.monotonic_ns()
+            least = sum(ticket.tokens for ticket in self._ahead)
+            rules, queue = self._rules, tuple(self._queue)
+            choice = choose(queue, now_ns, rules, self._overtaken, least)
+            self._overtaken = choice.overtaken
+            for ticket in choice.batch:
+                self._remove(ticket)
+            batch = [t for t in choice.batch if t.future.set_running_or_notify_cancel()]
+            if batch:
+                self._rate.took(sum(ticket.tokens for ticket in batch), now_ns)
+                self._ahead = batch if self._overlap else ()
+            if batch or not choice.batch:
+                return batch, choice.wait_ns
 
     def _drop_expired(self) -> None:
         now = time.monotonic()

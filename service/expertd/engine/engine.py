@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from expertd.engine.observer import Observer
 from expertd.engine.policy import Rules
 from expertd.engine.resident import Resident, Residents
 from expertd.engine.split import split
+from expertd.engine.staging_cuda import stagings
 from expertd.engine.ticket import Ticket
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireTensor
@@ -33,15 +35,26 @@ class EngineOptions:
 
 
 class Engine:
-    """Owns the queue and the device thread of one process."""
+    """Owns the queue and the device's threads of one process.
+
+    device_lost is for good; on_lost is called before any caller is told.
+    """
 
     def __init__(
-        self, residents: Residents, device: torch.device, options: EngineOptions, observer: Observer
+        self,
+        residents: Residents,
+        device: torch.device,
+        options: EngineOptions,
+        observer: Observer,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.residents = residents
         self._options = options
-        self._batcher = Batcher(options.budget, options.rules)
-        self._executor = Executor(self._batcher, device, observer)
+        ways = stagings(device)
+        self._batcher = Batcher(options.budget, options.rules, overlap=len(ways) > 1)
+        self._executor = Executor(self._batcher, ways, observer, self._lose)
+        self._on_lost = on_lost
+        self.device_lost = False
         self._draining = False
 
     def start(self) -> None:
@@ -75,6 +88,10 @@ class Engine:
     def cancel(self, ticket: Ticket) -> None:
         """Takes a call back whose caller has left."""
         self._batcher.cancel(ticket)
+
+    def _lose(self) -> None:
+        self.device_lost = True
+        self._on_lost()
 
     @property
     def healthy(self) -> bool:

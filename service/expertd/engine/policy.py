@@ -49,20 +49,25 @@ class Choice(NamedTuple, Generic[W]):
     overtaken: int
 
 
-def choose(queue: Sequence[W], now_ns: int, rules: Rules, overtaken: int = 0) -> Choice[W]:
-    """The next batch, in the order of (priority, age); only an empty queue has none and no wait.
+def choose(
+    queue: Sequence[W], now_ns: int, rules: Rules, overtaken: int = 0, least: int = 0
+) -> Choice[W]:
+    """The next batch, in the order of (priority, age), or none yet and how long to wait for it.
 
     The first of the queue leads and calls of its key join it, as long as all fit. The oldest call
     leads after MOST_OVERTAKINGS batches without it, so that a call waits for at most that many
     batches, and one, for each call older than itself. A batch that could still grow waits until its
-    oldest call is delay_ns old, and lets other keys go first.
+    oldest call is delay_ns old, and lets other keys go first; one of fewer tokens than least waits
+    for something to change (0: for as long as that takes).
     """
-    if len(queue) <= 1 and not rules.delay_ns:
+    if len(queue) <= 1 and not (rules.delay_ns or least):
         return Choice(list(queue), 0, 0)
     oldest = min(queue, key=lambda waiting: waiting.arrived_ns, default=None)
     forced = oldest if overtaken >= MOST_OVERTAKINGS else None
     shortest = 0
     for batch, full in _batches(_ordered(queue, forced), rules):
+        if not full and sum(waiting.tokens for waiting in batch) < least:
+            continue
         wait_ns = 0 if full else _remaining(batch, now_ns, rules)
         if wait_ns <= 0:
             return Choice(batch, 0, 0 if oldest in batch else overtaken + 1)

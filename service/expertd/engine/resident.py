@@ -14,6 +14,7 @@ from expertd.capability.device import DeviceInfo
 from expertd.capability.plan import PlanSet
 from expertd.capability.row import Cell, State
 from expertd.core import CallForm, LayerSpec
+from expertd.engine.expert_rows import ExpertRows
 from expertd.engine.timings import Timings
 from expertd.errors import LayerFailed, NotFound, Unavailable
 from expertd.weights.canonical import ExpertWeights
@@ -63,6 +64,7 @@ class Resident:
     timings: Timings = Timings()
     trust: Trust = Trust()
     queued_tokens: int = 0
+    expert_rows: ExpertRows = field(default_factory=ExpertRows)
     serial: int = field(default_factory=lambda: next(_serials))
 
     @property

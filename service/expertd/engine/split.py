@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from expertd.engine.staging import copy_bytes
 from expertd.engine.ticket import Ticket
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireTensor
@@ -97,7 +98,7 @@ class _Joint:
             size = reply.output.nbytes // piece.tokens * self._whole.tokens
             self._output = torch.empty(size, dtype=torch.uint8).numpy().data
         begin = reply.output.nbytes // piece.tokens * piece.first_row
-        self._output[begin : begin + reply.output.nbytes] = reply.output.data
+        copy_bytes(self._output[begin : begin + reply.output.nbytes], reply.output.data)
         self._replies.append(replace(reply, output=replace(reply.output, data=memoryview(b""))))
         if len(self._replies) == len(self._whole.pieces):
             self._whole.future.set_result(self._reply(reply.output))

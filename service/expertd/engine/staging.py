@@ -1,12 +1,21 @@
-"""From the carriers' bytes to tensors on the device, through buffers that are used again."""
+"""A batch's way onto the device and back, through buffers that are used again.
+
+On the processor both ways are short and everything is done when it returns; staging_cuda has the
+ways of a card, which other batches' computing overlaps.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from expertd.engine.observer import BatchTimes
 from expertd.engine.ticket import Ticket
 from expertd_wire.tensors import WireTensor
 
@@ -19,35 +28,45 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "int64": torch.int64,
     "uint8": torch.uint8,
 }
+LONG_COPY = 1 << 18
+"""Bytes from which on a copy lets other threads run: giving the lock away and back costs too."""
+
+
+class Mark(IntEnum):
+    """The moments of a batch."""
+
+    BEGIN = 0
+    STAGED = 1
+    READY = 2
+    ROUTED = 3
+    COMPUTED = 4
+    OUT = 5
 
 
 class StagingBuffer:
-    """One growing host buffer, pinned if the device is a card.
+    """One growing buffer of bytes for one field of the calls.
 
     Every operation of torch costs a small call microseconds when its code is cold: hence the views
-    that are kept, and no copy to where the data already is.
+    that are kept.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._here = device.type == "cpu"
+    def __init__(self) -> None:
         self._allocate(1 << 16)
 
     def stack(self, tensors: Sequence[WireTensor]) -> Tensor:
         """Tensors [T, N] of one dtype and N, one below the other on the device.
 
-        The result is valid until the next stack(): it may be a view of the buffer.
+        The result is valid until the next stack(): it is a view of the buffer.
         """
         total = sum(tensor.nbytes for tensor in tensors)
         if total > len(self._memory):
             self._allocate(1 << (total - 1).bit_length())
         begin = 0
         for tensor in tensors:
-            self._memory[begin : begin + tensor.nbytes] = tensor.data
+            copy_bytes(self._memory[begin : begin + tensor.nbytes], tensor.data)
             begin += tensor.nbytes
         rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
-        host = self._view(tensors[0].dtype, rows, columns)
-        return host if self._here else host.to(self._device, non_blocking=True)
+        return self._view(tensors[0].dtype, rows, columns)
 
     def _view(self, dtype: str, rows: int, columns: int) -> Tensor:
         """The buffer's beginning as [rows, columns]; the last view of each dtype is kept."""
@@ -57,14 +76,15 @@ class StagingBuffer:
         return view
 
     def _allocate(self, size: int) -> None:
-        pinned = self._device.type == "cuda"
-        buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        self._memory = buffer.numpy().data
-        self._views = {name: buffer.view(dtype) for name, dtype in TORCH_DTYPES.items()}
+        self._keep(torch.empty(size, dtype=torch.uint8))
+
+    def _keep(self, host: Tensor) -> None:
+        self._memory = host.numpy().data
+        self._views = {name: host.view(dtype) for name, dtype in TORCH_DTYPES.items()}
 
 
 class Staging:
-    """The buffers of one executor, one for each field of a call."""
+    """The buffers and the clock of one batch at a time, one buffer for each field of a call."""
 
     FIELDS: dict[str, Callable[[Ticket], WireTensor | None]] = {
         "rows": lambda ticket: ticket.call.hidden_states,
@@ -74,8 +94,9 @@ class Staging:
         "weights": lambda ticket: ticket.call.topk_weights,
     }
 
-    def __init__(self, device: torch.device) -> None:
-        self._buffers = {name: StagingBuffer(device) for name in self.FIELDS}
+    def __init__(self, buffer: Callable[[], StagingBuffer] = StagingBuffer) -> None:
+        self._buffers = {name: buffer() for name in self.FIELDS}
+        self._moments = [0] * len(Mark)
 
     def stage(self, name: str, tickets: Sequence[Ticket]) -> Tensor | None:
         """One field of all tickets as one tensor; None if calls of their form have none."""
@@ -86,8 +107,64 @@ class Staging:
         assert len(present) == len(tickets), "calls of one form have the same fields"
         return self._buffers[name].stack(present)
 
+    def mark(self, mark: Mark) -> None:
+        """Notes when the batch gets here."""
+        self._moments[mark] = time.monotonic_ns()
 
-def host_bytes(out_TH: Tensor) -> memoryview:
-    """The bytes of a contiguous result in host memory."""
-    host = out_TH if out_TH.device.type == "cpu" else out_TH.cpu()
-    return host.view(torch.uint8).numpy().data.cast("B")
+    def staged(self) -> None:
+        """Every field is staged: what follows may read them."""
+        self.mark(Mark.STAGED)
+        self._moments[Mark.READY] = self._moments[Mark.STAGED]
+
+    def count_nonfinite(self, out_TH: Tensor) -> int | Tensor:
+        """How many rows hold NaN or infinity, known when the batch is out."""
+        return nonfinite_rows(out_TH)
+
+    def bring_out(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The tensors in host memory, readable after wait_out()."""
+        return list(tensors)
+
+    def wait_computed(self) -> None:
+        """Returns when the device is free for another batch."""
+
+    def wait_out(self) -> None:
+        """Returns when what was brought out can be read."""
+
+    def recover(self) -> None:
+        """After a failed launch: waits for whatever of it still runs, gives spare memory back."""
+
+    def times(self) -> BatchTimes:
+        """How long each stage took."""
+
+        def took(begin: Mark, end: Mark) -> int:
+            return self._between(begin, end)
+
+        return BatchTimes(
+            stage_in=took(Mark.BEGIN, Mark.STAGED),
+            route=took(Mark.READY, Mark.ROUTED),
+            kernel=took(Mark.ROUTED, Mark.COMPUTED),
+            stage_out=took(Mark.COMPUTED, Mark.OUT),
+        )
+
+    def _between(self, begin: Mark, end: Mark) -> int:
+        return self._moments[end] - self._moments[begin]
+
+
+def copy_bytes(out: memoryview, data: memoryview) -> None:
+    """Copies data to out, of the same length; other threads run while it copies much."""
+    if len(data) < LONG_COPY:
+        out[:] = data
+    else:
+        np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(data, np.uint8))
+
+
+def nonfinite_rows(out_TH: Tensor) -> int:
+    """How many rows hold NaN or infinity.
+
+    A sum is finite only if all it adds is, and costs a tenth of asking each number; one that
+    overflows is looked at closely.
+    """
+    if math.isfinite(out_TH.sum()):
+        return 0
+    suspects = out_TH[~torch.isfinite(out_TH.sum(dim=1))]
+    return int((~torch.isfinite(suspects)).any(dim=1).sum())

@@ -12,8 +12,7 @@ from expertd.errors import ExpertdError, PermissionDenied
 from expertd.transport.auth import GRPC_SCOPES, HTTP_SCOPES, Guard, scope_for
 from expertd.transport.callers import TOKEN
 from expertd.transport.interceptors import http_error
-from expertd_wire.methods import STATUS_KEY
-from expertd_wire.status import pack_status
+from expertd.transport.workers import Refuser
 
 ASGIMessage = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[ASGIMessage]]
@@ -26,8 +25,9 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 class GrpcDoor(grpc.ServerInterceptor):  # type: ignore[misc]
     """Refuses gRPC calls whose token does not reach."""
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, refuser: Refuser) -> None:
         self._guard = guard
+        self._refuser = refuser
 
     def intercept_service(
         self,
@@ -39,18 +39,8 @@ class GrpcDoor(grpc.ServerInterceptor):  # type: ignore[misc]
         try:
             TOKEN.set(self._guard.allow(scope_for(GRPC_SCOPES, details.method), str(presented)))
         except ExpertdError as error:
-            return _refusal(error)
+            return self._refuser.handler(error)
         return continuation(details)
-
-
-def _refusal(error: ExpertdError) -> grpc.RpcMethodHandler:
-    """A handler that answers every call with this error, without reading it."""
-
-    def refuse(request: Any, context: grpc.ServicerContext) -> None:
-        context.set_trailing_metadata(((STATUS_KEY, pack_status(error.reason, str(error))),))
-        context.abort(getattr(grpc.StatusCode, error.wire.grpc), str(error))
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class HttpDoor:

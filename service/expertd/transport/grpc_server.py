@@ -6,8 +6,7 @@ The sync server: with large messages it answers faster than grpc's aio server an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import grpc
@@ -17,7 +16,11 @@ from grpc_reflection.v1alpha import reflection
 from expertd.transport.auth import Guard
 from expertd.transport.door import GrpcDoor
 from expertd.transport.tls import TlsFiles, grpc_credentials
+from expertd.transport.workers import Health, Refuser, Service, Workers
 from expertd_wire.methods import MESSAGE_SLACK_BYTES
+
+MOST_REFUSALS = 1024
+"""How many calls may wait to be refused; beyond that gRPC refuses, in its own words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,10 @@ class GrpcLimits:
 
 
 class GrpcServer:
-    """The gRPC server of a process; services are name → (method name → handler)."""
+    """The gRPC server of a process; services are name → (method name → handler).
+
+    refused is called for each call beyond max_concurrent_calls.
+    """
 
     def __init__(
         self,
@@ -38,20 +44,20 @@ class GrpcServer:
         limits: GrpcLimits,
         guard: Guard,
         tls: TlsFiles | None,
+        refused: Callable[[], None],
     ) -> None:
         self._tls = tls
+        workers, refuser = Workers(limits.max_concurrent_calls), Refuser()
         self._server = grpc.server(
-            ThreadPoolExecutor(limits.max_concurrent_calls, thread_name_prefix="grpc"),
-            maximum_concurrent_rpcs=limits.max_concurrent_calls,
+            workers,
+            maximum_concurrent_rpcs=limits.max_concurrent_calls + MOST_REFUSALS,
             # Without tokens everybody may pass, and a door would cost each call some microseconds.
-            interceptors=(GrpcDoor(guard),) if guard.tokens else (),
+            interceptors=(GrpcDoor(guard, refuser),) if guard.tokens else (),
             options=_options(limits),
         )
-        handlers = [grpc.method_handlers_generic_handler(*named) for named in services.items()]
+        handlers = [Service(*named, workers, refuser, refused) for named in services.items()]
         self._server.add_generic_rpc_handlers(tuple(handlers))
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1)
-        )
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._names = tuple(services)
         names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)

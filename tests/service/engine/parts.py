@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tests.strategies import random_weights
@@ -23,6 +24,7 @@ from expertd.engine.loader import identity_spec
 from expertd.engine.observer import BatchReport
 from expertd.engine.policy import Rules
 from expertd.engine.resident import LayerState, Resident, Residents
+from expertd.engine.staging import Staging
 
 CPU = torch.device("cpu")
 Forward = Callable[[Batch], None]
@@ -76,11 +78,17 @@ def resident(
 
 @contextmanager
 def running(
-    *layers: Resident, reports: Reports | None = None, start: bool = True, **options: Any
+    *layers: Resident,
+    reports: Reports | None = None,
+    start: bool = True,
+    ways: Sequence[Staging] = (),
+    on_lost: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> Iterator[Engine]:
     """An engine over these layers; drained at the end.
 
-    start=False leaves the start to the test, so that calls can queue up before it.
+    start=False leaves the start to the test, so that calls can queue up before it; ways are the
+    stagings of its executor.
     """
     residents = Residents()
     for layer in layers:
@@ -89,7 +97,9 @@ def running(
         name: kind(**{k: options.pop(k) for k in list(options) if k in kind.__slots__})
         for name, kind in (("budget", Budget), ("rules", Rules))
     }
-    engine = Engine(residents, CPU, EngineOptions(**options, **made), reports or Reports())
+    chosen = EngineOptions(**options, **made)
+    with patch("expertd.engine.engine.stagings", lambda device: list(ways) or [Staging()]):
+        engine = Engine(residents, CPU, chosen, reports or Reports(), on_lost)
     if start:
         engine.start()
     try:

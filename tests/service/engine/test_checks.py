@@ -22,7 +22,7 @@ from expertd.engine.checks import (
     check_topk,
     fault_error,
 )
-from expertd.engine.launch import nonfinite_rows
+from expertd.engine.staging import nonfinite_rows
 from expertd.errors import ExpertsNotHeld, InvalidArgument
 
 SPEC = layer_spec()

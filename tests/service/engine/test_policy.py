@@ -144,3 +144,21 @@ def test_a_call_over_the_limit_runs_alone() -> None:
     assert chosen([big, small], 10) == [big]
     assert chosen([small, big], 10) == [big]
     assert chosen([replace(small, arrived_ns=-1), big], 10) == [replace(small, arrived_ns=-1)]
+
+
+@given(queues(), LIMITS, st.integers(1, 30))
+def test_beside_a_running_batch_only_one_as_large_or_full_is_launched(
+    queue: list[Waiting], limit: int, least: int
+) -> None:
+    choice = choose(queue, NOW, Rules(limit), least=least)
+    free = choose(queue, NOW, Rules(limit))
+    total = sum(w.tokens for w in choice.batch)
+    rest = [
+        w for w in queue if w not in choice.batch and choice.batch and w.key == choice.batch[0].key
+    ]
+    full = total >= limit or (rest and total + min(rest, key=rank).tokens > limit)
+    if choice.batch:
+        assert total >= least or full
+        assert choice.batch[0].key == free.batch[0].key or sum(w.tokens for w in free.batch) < least
+    else:
+        assert choice == Choice([], 0, 0) and sum(w.tokens for w in free.batch) < min(least, limit)

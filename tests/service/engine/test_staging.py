@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.service.engine.parts import CPU, echo, resident, running
+from tests.service.engine.parts import echo, resident, running
 from tests.strategies import generator, layer_spec, random_topk, torch_tensor, wire
 
 from expertd.engine.staging import TORCH_DTYPES, StagingBuffer
@@ -19,7 +19,7 @@ from expertd_wire.tensors import DTYPES, WireTensor
 @settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=4), min_size=1, max_size=5))
 def test_one_buffer_stacks_any_sizes_one_after_the_other(rounds: list[list[int]]) -> None:
-    buffer = StagingBuffer(CPU)
+    buffer = StagingBuffer()
     for number, sizes in enumerate(rounds):
         random = torch.Generator().manual_seed(number)
         parts = [torch.randn(size, 97, generator=random) for size in sizes]
@@ -32,7 +32,7 @@ def test_every_wire_dtype_keeps_its_bits(name: str) -> None:
     size = torch.empty(0, dtype=TORCH_DTYPES[name]).element_size()
     bits = torch.arange(256 * size, dtype=torch.uint8)
     tensor = WireTensor(name, (256, 1), memoryview(bytes(bits.tolist())))
-    stacked = StagingBuffer(CPU).stack([tensor, tensor])
+    stacked = StagingBuffer().stack([tensor, tensor])
     assert stacked.dtype == TORCH_DTYPES[name] and stacked.shape == (512, 1)
     assert torch.equal(stacked.view(torch.uint8).flatten(), bits.repeat(2))
 
@@ -40,7 +40,7 @@ def test_every_wire_dtype_keeps_its_bits(name: str) -> None:
 def test_unaligned_bytes_are_fine() -> None:
     values = torch.randn(5, 3)
     shifted = memoryview(b"x" + values.numpy().tobytes())[1:]
-    stacked = StagingBuffer(CPU).stack([WireTensor("float32", (5, 3), shifted)])
+    stacked = StagingBuffer().stack([WireTensor("float32", (5, 3), shifted)])
     assert torch.equal(stacked, values)
 
 

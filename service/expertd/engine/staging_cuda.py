@@ -1,0 +1,103 @@
+"""The ways of a batch onto a card and back: pinned memory, a stream each way, events.
+
+The card computes on the executor's own stream. A copy in waits for nothing, computing waits for its
+copy in, a copy out for its computing; so both copies run beside the computing of other batches, and
+nothing here makes the host wait but wait_computed() and wait_out().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expertd.engine.staging import Mark, Staging, StagingBuffer
+from expertd.engine.ticket import Ticket
+
+BATCHES = 2
+"""One computes while another is copied."""
+
+
+class PinnedBuffer(StagingBuffer):
+    """A pinned buffer on the host and its twin on the card."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        super().__init__()
+
+    def _allocate(self, size: int) -> None:
+        self._keep(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+        self._twin = torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def _view(self, dtype: str, rows: int, columns: int) -> Tensor:
+        """The twin's beginning as [rows, columns], with the copy to it under way."""
+        host = super()._view(dtype, rows, columns)
+        twin = self._twin.view(host.dtype).as_strided((rows, columns), (columns, 1))
+        return twin.copy_(host, non_blocking=True)
+
+
+class CudaStaging(Staging):
+    """The buffers, events and streams of one batch at a time; the streams are shared."""
+
+    def __init__(
+        self, device: torch.device, inward: torch.cuda.Stream, outward: torch.cuda.Stream
+    ) -> None:
+        super().__init__(lambda: PinnedBuffer(device))
+        self._device = device
+        self._inward, self._outward = inward, outward
+        self._events = [_event() for _ in Mark]
+
+    def stage(self, name: str, tickets: Sequence[Ticket]) -> Tensor | None:
+        with torch.cuda.stream(self._inward):
+            return super().stage(name, tickets)
+
+    def mark(self, mark: Mark) -> None:
+        streams = {Mark.BEGIN: self._inward, Mark.STAGED: self._inward, Mark.OUT: self._outward}
+        self._events[mark].record(streams.get(mark))
+
+    def staged(self) -> None:
+        self.mark(Mark.STAGED)
+        torch.cuda.current_stream(self._device).wait_event(self._events[Mark.STAGED])
+        self.mark(Mark.READY)
+
+    def count_nonfinite(self, out_TH: Tensor) -> int | Tensor:
+        return (~torch.isfinite(out_TH).all(dim=1)).sum()
+
+    def bring_out(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The copies' sources must be kept until wait_out()."""
+        self._outward.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._outward):
+            return [None if tensor is None else _out(tensor) for tensor in tensors]
+
+    def wait_computed(self) -> None:
+        self._events[Mark.COMPUTED].synchronize()
+
+    def wait_out(self) -> None:
+        self._events[Mark.OUT].synchronize()
+
+    def recover(self) -> None:
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+
+    def _between(self, begin: Mark, end: Mark) -> int:
+        return int(self._events[begin].elapsed_time(self._events[end]) * 1e6)
+
+
+def _event() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return event
+
+
+def _out(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, which torch keeps and hands out again."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def stagings(device: torch.device) -> list[Staging]:
+    """As many as batches may be under way on the device at once."""
+    if device.type == "cpu":
+        return [Staging()]
+    inward, outward = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
+    return [CudaStaging(device, inward, outward) for _ in range(BATCHES)]

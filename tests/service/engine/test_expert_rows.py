@@ -1,0 +1,84 @@
+"""Each expert's rows: counted exactly, however they were routed, only for those held here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.service.engine.parts import resident, running
+from tests.strategies import generator, layer_spec, random_topk, wire_call
+
+from expertd.backends.base import Batch
+from expertd.engine import expert_rows
+from expertd.engine.expert_rows import ExpertRows, balance
+from expertd.routing.reference import route_for
+
+SPEC = layer_spec()
+EXPERTS = SPEC.num_experts
+
+
+def by_hand(ids: torch.Tensor) -> list[int]:
+    return [int((ids == expert).sum()) for expert in range(EXPERTS)]
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_rows_are_counted_by_logits_and_by_ids(
+    batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expert_rows, "MOST_BATCHES", batches)
+    random = generator(91)
+    layer = resident(SPEC, random)
+    assert layer.expert_rows.counts(SPEC, None) == [0] * EXPERTS
+    expected = torch.zeros(EXPERTS, dtype=torch.int64)
+    with running(layer) as engine:
+        for tokens in (1, 5, 40, 2, 9):
+            rows = torch.randn(tokens, SPEC.hidden, generator=random)
+            logits = torch.randn(tokens, EXPERTS, generator=random)
+            ids, weights = random_topk(tokens, EXPERTS, 3, random)
+            ids[0, 1] = -1
+            for form in (
+                {"router_logits": logits},
+                {"topk_ids": ids, "topk_weights": weights},
+                {"topk_ids": ids.long(), "topk_weights": weights},
+            ):
+                call = wire_call(hidden_states=rows, **form)
+                engine.submit(call, "test", None).future.result(10)
+            assert SPEC.routing is not None
+            routed, _ = route_for(SPEC.routing, logits)
+            expected += torch.tensor(by_hand(routed)) + 2 * torch.tensor(by_hand(ids))
+            assert layer.expert_rows.counts(SPEC, None) == expected.tolist()
+
+
+def test_where_the_kernel_routes_the_logits_are_counted() -> None:
+    random, rows = generator(92), ExpertRows()
+    logits = torch.randn(30, EXPERTS, generator=random)
+    none = torch.zeros(30, 1)
+    rows.note(SPEC, Batch(none, none, logits=logits), None)
+    assert SPEC.routing is not None
+    ids, _ = route_for(SPEC.routing, logits)
+    assert rows.counts(SPEC, None) == by_hand(ids)
+
+
+def test_experts_that_are_not_held_have_no_rows() -> None:
+    spec, rows = layer_spec(expert_begin=2, expert_end=4), ExpertRows()
+    ids, weights = random_topk(50, EXPERTS, 3, generator(93))
+    rows.note(spec, Batch(weights, weights, ids=ids, weights=weights), None)
+    counts = by_hand(ids)
+    assert rows.counts(spec, None) == [0, 0, *counts[2:4], 0, 0]
+
+
+def test_layers_without_experts_count_nothing() -> None:
+    rows = ExpertRows()
+    rows.note(SPEC, Batch(torch.zeros(1, 1), torch.zeros(1, 1)), None)
+    assert rows.counts(SPEC, None) == [0] * EXPERTS
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1))
+def test_balance_is_the_mean_over_the_most(counts: list[int]) -> None:
+    found = balance(counts)
+    assert 1 / len(counts) - 1e-9 <= found <= 1
+    if max(counts):
+        assert found * max(counts) * len(counts) == pytest.approx(sum(counts))
+    assert balance([7] * 3) == balance([0]) == balance([]) == 1
+    assert balance([9, 0, 0]) == pytest.approx(1 / 3)
