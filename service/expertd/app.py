@@ -21,6 +21,7 @@ from expertd.config import Settings, cache_directory
 from expertd.core.buckets import token_buckets
 from expertd.engine.engine import Engine, EngineOptions
 from expertd.engine.ledger import Budget
+from expertd.engine.graphs import graphs_for
 from expertd.engine.loader import Loader
 from expertd.engine.policy import Rules
 from expertd.engine.resident import LayerState, Residents, Trust
@@ -79,7 +80,10 @@ class App:
         self._prover = Prover(ProofStore(cache_directory(), self._device), self._device)
         trust = Trust(_trusts_declared(settings), settings.exact_routing)
         tuner = Tuner(TimingStore(cache_directory(), self._device), torch_device, _tuning(settings))
-        self.loader = Loader(self.residents, self._device, torch_device, self._prover, tuner, trust)
+        graphs = graphs_for(torch_device, tuner.buckets, settings.cuda_graphs == "auto")
+        self.loader = Loader(
+            self.residents, self._device, torch_device, self._prover, tuner, graphs, trust
+        )
         check = partial(check_source, settings)
         self.steward = Steward(self.loader, self.residents, check, stop.set)
         self._ingress = Ingress(settings.max_message_bytes, settings.ingress_bytes)

@@ -118,6 +118,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("backend", str, "auto", "run every call on this backend", "auto|NAME"),
     Setting("trust", one_of("proven", "declared"), "proven", "plans to use", "proven|declared"),
     Setting("tune", one_of("auto", "off"), "auto", "measure a layer's plans", "auto|off"),
+    Setting("cuda_graphs", one_of("auto", "off"), "auto", "of small batches", "auto|off"),
     Setting("exact_routing", parse_flag, False, "never let a kernel route by itself"),
     Setting("host", str, "127.0.0.1", "the address to listen on", "ADDRESS"),
     Setting("http_port", number(0, 65535), 8000, "HTTP port, 0 chooses one", "PORT"),
@@ -172,6 +173,7 @@ class Settings:
     backend: str
     trust: str
     tune: str
+    cuda_graphs: str
     exact_routing: bool
     host: str
     http_port: int

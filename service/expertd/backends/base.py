@@ -7,7 +7,7 @@ and keep the order; subclasses fill in the underscored ones.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -52,6 +52,8 @@ class Backend(ABC):
         self.spec = spec
         self.device = device
         self._stage = Stage.NEW
+        self.replay: Callable[[Batch], bool] | None = None
+        """Runs a batch as a captured graph, if there is one that fits it."""
 
     @property
     def native_bytes(self) -> int:
@@ -81,7 +83,8 @@ class Backend(ABC):
         """Computes batch.out from a batch of at least one row."""
         self._expect(Stage.WARM)
         assert batch.rows.shape[0] > 0, "empty calls are answered before any backend"
-        self._forward(batch)
+        if self.replay is None or not self.replay(batch):
+            self._forward(batch)
 
     def _expect(self, stage: Stage) -> None:
         assert self._stage >= stage, (

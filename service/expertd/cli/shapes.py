@@ -14,6 +14,7 @@ from expertd.capability.device import DeviceInfo
 from expertd.config import cache_directory, parse_range, parse_ranges
 from expertd.core import LayerSpec
 from expertd.core.buckets import token_buckets
+from expertd.engine.graphs import graphs_for
 from expertd.engine.loader import Loader, ModelSource
 from expertd.engine.resident import LayerState, Resident, Residents, Trust
 from expertd.engine.timing_store import TimingStore
@@ -72,6 +73,6 @@ def _announced(loader: Loader, source: ModelSource) -> list[Resident]:
 def _loader(device: DeviceInfo, tuning: Tuning, trust: Trust) -> Loader:
     home, target = cache_directory(), torch_device(device)
     tuner = Tuner(TimingStore(home, device), target, tuning)
-    return Loader(
-        Residents(), device, target, Prover(ProofStore(home, device), device), tuner, trust
-    )
+    graphs = graphs_for(target, tuning.buckets, enabled=True)
+    prover = Prover(ProofStore(home, device), device)
+    return Loader(Residents(), device, target, prover, tuner, graphs, trust)

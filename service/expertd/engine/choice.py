@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from expertd.backends.base import Backend
 from expertd.capability.plan import Plan, PlanSet, plan
 from expertd.capability.row import Cell
@@ -17,11 +19,14 @@ def choose_backend(resident: Resident, form: CallForm, tokens: int = 1) -> Backe
     Raises NoUsablePlan with every reason, InvalidArgument.
     """
     cells = resident.choices.get(form) or _choices(resident, form)
-    chosen = cells[min(bucket_index(tokens), len(cells) - 1)] if cells else None
-    backend = resident.backends.get(chosen) if chosen else None
+    backend = resident.backends.get(_at(cells, tokens)) if cells else None
     if backend is None:
         raise _refused(resident, form)
     return backend
+
+
+def _at(cells: Sequence[Cell], tokens: int) -> Cell:
+    return cells[min(bucket_index(tokens), len(cells) - 1)]
 
 
 def _refused(resident: Resident, form: CallForm) -> NoUsablePlan:
@@ -46,13 +51,23 @@ def _choices(resident: Resident, form: CallForm) -> tuple[Cell, ...]:
     return found
 
 
-def likely_plans(resident: Resident) -> tuple[Plan, ...]:
-    """The plans of the commonest call of a layer: bfloat16 rows with float32 logits, or top-k."""
+def likely_form(resident: Resident) -> CallForm:
+    """The commonest call of a layer: bfloat16 rows with float32 logits, or top-k."""
     if resident.spec.routing is None:
-        form = CallForm(RoutingForm.TOPK, "bfloat16", weights_dtype="float32", top_k=1)
-    else:
-        form = CallForm(RoutingForm.LOGITS, "bfloat16", logits_dtype="float32")
-    usable = plans_of(resident, form).usable
+        return CallForm(RoutingForm.TOPK, "bfloat16", weights_dtype="float32", top_k=1)
+    return CallForm(RoutingForm.LOGITS, "bfloat16", logits_dtype="float32")
+
+
+def likely_backends(resident: Resident, buckets: Sequence[int]) -> set[Backend]:
+    """What runs the commonest calls at these buckets; empty if nothing does."""
+    form = likely_form(resident)
+    cells = resident.choices.get(form) or _choices(resident, form)
+    return {resident.backends[_at(cells, tokens)] for tokens in buckets if cells}
+
+
+def likely_plans(resident: Resident) -> tuple[Plan, ...]:
+    """The plans of the commonest call."""
+    usable = plans_of(resident, likely_form(resident)).usable
     return tuple(entry for entry in usable if _cell(resident, entry) not in resident.absent)
 
 

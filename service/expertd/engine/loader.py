@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from expertd.capability.match import layer_refusals
 from expertd.capability.row import Row, State
 from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
+from expertd.engine.choice import likely_backends
+from expertd.engine.graphs import Graphs
 from expertd.engine.resident import LayerState, Resident, Residents, Trust
 from expertd.engine.routers import warm_up_router
 from expertd.engine.timings import Timings
-from expertd.engine.tuner import Tuner, not_kept
+from expertd.engine.tuner import Tuner, not_kept, rivals
 from expertd.errors import ExpertdError, NoUsablePlan
 from expertd.proof.prover import Prover
 from expertd.proof.selfcheck import self_check
@@ -55,6 +58,7 @@ class Loader:
         torch_device: torch.device,
         prover: Prover,
         tuner: Tuner,
+        graphs: Graphs,
         trust: Trust,
     ) -> None:
         self._residents = residents
@@ -62,7 +66,9 @@ class Loader:
         self._torch_device = torch_device
         self._prover = prover
         self._tuner = tuner
+        self._graphs = graphs
         self._trust = trust
+        self._stream = torch.Stream(torch_device) if torch_device.type == "cuda" else None
 
     def add_identity(self, name: str, hidden: int) -> None:
         """Serves the identity layer as layer 0 of a model."""
@@ -121,7 +127,8 @@ class Loader:
                     checkpoint, resident.layer, resident.spec, self._torch_device, progress=meter
                 )
             resident.digest = weights_digest(resident.weights, resident.bias)
-            self._build_backends(resident)
+            with self._apart():
+                self._build_backends(resident)
         except ExpertdError as error:
             self._fail(resident, str(error))
         except Exception:
@@ -149,8 +156,20 @@ class Loader:
             self._build(row, resident)
         resident.judged(self._prover.states(resident.backends), Timings())
         self._self_check(resident)
-        self._tuner.tune(resident)
-        self._prove_shape(resident)
+        with self._graphs.apart(rivals(resident).values()):
+            self._tuner.tune(resident)
+            self._prove_shape(resident)
+        self._graphs.attach(likely_backends(resident, self._graphs.buckets))
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """On a card beside the stream of calls: kernels keep scratch memory for each stream."""
+        if self._stream is None:
+            yield
+            return
+        with self._stream:
+            yield
+            self._stream.synchronize()
 
     def _build(self, row: Row, resident: Resident) -> None:
         """The row's backend, warm for every size of batch; or the reasons why there is none."""

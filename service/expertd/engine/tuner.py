@@ -72,11 +72,10 @@ class Tuner:
 
     def tune(self, resident: Resident) -> None:
         """Measures the layer's plans, or finds what was measured before; keeps the best set."""
-        cells = [p.row.cell(resident.spec.quant) for p in likely_plans(resident)]
-        rivals = {c: resident.backends[c] for c in cells if c in resident.backends}
-        if not self._tuning.enabled or not resident.spec.num_experts or not rivals:
+        plans = rivals(resident)
+        if not self._tuning.enabled or not plans:
             return
-        timings = self._known(resident.spec, rivals) or self._measured(resident, rivals)
+        timings = self._known(resident.spec, plans) or self._measured(resident, plans)
         resident.judged(resident.states, timings)
         self._keep_the_best(resident)
 
@@ -85,21 +84,21 @@ class Tuner:
         found = fresh if self._tuning.renew else fresh or self._store.find(spec)
         return found if found and found.covers(cells, len(self.buckets)) else None
 
-    def _measured(self, resident: Resident, rivals: dict[Cell, Backend]) -> Timings:
+    def _measured(self, resident: Resident, plans: dict[Cell, Backend]) -> Timings:
         spec = resident.spec
         runs: dict[Cell | str, Callable[[Batch], None]] = {
-            cell: backend.forward for cell, backend in rivals.items()
+            cell: backend.forward for cell, backend in plans.items()
         }
-        if any(cell.mode is PlanMode.MONOLITHIC for cell in rivals):
+        if any(cell.mode is PlanMode.MONOLITHIC for cell in plans):
             runs[ROUTER] = partial(_route, resident)
         batch_of = partial(random_batch, spec, device=self._device)
-        thorough = len(rivals) > 1 or self._tuning.renew
+        thorough = len(plans) > 1 or self._tuning.renew
         seconds = BUDGET_SECONDS if thorough else ALONE_SECONDS
         with torch.inference_mode():
             times = race(runs, batch_of, self.buckets, self._watch, seconds)
         router = times.pop(ROUTER, ())
-        plans = {cell: mine for cell, mine in times.items() if isinstance(cell, Cell)}
-        timings = Timings(plans, router, len(self.buckets))
+        mine = {cell: each for cell, each in times.items() if isinstance(cell, Cell)}
+        timings = Timings(mine, router, len(self.buckets))
         self._fresh[shape_of(spec)] = timings
         self._store.keep(spec, timings)
         log.info("layer %s: %d plans measured", resident.name, len(plans))
@@ -116,6 +115,14 @@ class Tuner:
         self._left_out.setdefault(shape_of(resident.spec), {}).update(dropped)
         resident.absent |= {cell: (not_kept(row),) for cell, row in dropped.items()}
         resident.backends = {c: b for c, b in backends.items() if c not in dropped}
+
+
+def rivals(resident: Resident) -> dict[Cell, Backend]:
+    """The backends that may run the commonest calls of a layer with experts."""
+    if not resident.spec.num_experts:
+        return {}
+    cells = (plan.row.cell(resident.spec.quant) for plan in likely_plans(resident))
+    return {cell: resident.backends[cell] for cell in cells if cell in resident.backends}
 
 
 def layout_of(backend: Backend) -> str:

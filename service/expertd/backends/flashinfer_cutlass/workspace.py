@@ -22,6 +22,9 @@ _buffers: dict[tuple[torch.device, int], Tensor] = {}
 
 def workspace(size: int, device: torch.device) -> Tensor:
     """At least size bytes of uint8 for a call on the current stream."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A graph keeps its addresses for as long as it lives, and the shared buffer may go.
+        return torch.empty(size, dtype=torch.uint8, device=device)
     key = device, _stream(device)
     found = _buffers.get(key)
     if found is None or found.numel() < size:

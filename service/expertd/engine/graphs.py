@@ -1,0 +1,160 @@
+"""CUDA graphs of small batches: the many launches of a plan become one.
+
+A backend's forward is captured once for each small bucket, on buffers that all layers share. A
+batch is copied into them, padded to its bucket with rows that want no expert, and its results are
+copied out. Only the thread that runs calls replays, so that the graphs can share their memory; what
+a layer's load wants to replay has graphs apart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertd.backends.base import Backend, Batch
+from expertd.core import PlanMode
+from expertd.core.buckets import bucket_index
+from expertd.engine.capture import Capture, CudaCapture
+from expertd.proof.batches import random_batch
+
+log = logging.getLogger(__name__)
+
+LARGEST = 64
+"""Tokens of the largest bucket: beyond it the kernels take longer than their launches."""
+
+EMPTY: dict[str, float] = {"rows": 0, "ids": -1, "weights": 0, "logits": 0}
+"""What a row holds that only fills a bucket up."""
+
+
+class Signature(NamedTuple):
+    """What batches must have in common to run on the same graph: all but their number of rows."""
+
+    fields: tuple[tuple[str, torch.dtype, int], ...]
+
+    @classmethod
+    def of(cls, batch: Batch) -> Signature:
+        present = ((name, getattr(batch, name)) for name in (*EMPTY, "row_scales", "out"))
+        return cls(tuple((name, t.dtype, t.shape[1]) for name, t in present if t is not None))
+
+
+class Slot:
+    """The buffers of one bucket; rows from filled on are empty."""
+
+    def __init__(self, like: Batch, tokens: int) -> None:
+        self.batch = Batch(**_buffers(like, tokens))
+        self.inputs = {name: t for name in EMPTY if (t := getattr(self.batch, name)) is not None}
+        self.filled = 0
+
+    def fill(self, batch: Batch) -> None:
+        """Copies a batch in; rows that an earlier one left behind become empty."""
+        count = len(batch.rows)
+        for name, buffer in self.inputs.items():
+            buffer[:count].copy_(getattr(batch, name), non_blocking=True)
+            if count < self.filled:
+                buffer[count : self.filled].fill_(EMPTY[name])
+        self.filled = count
+
+
+class Graphs:
+    """Captures backends at buckets; without buckets it does nothing."""
+
+    def __init__(self, buckets: tuple[int, ...], capture: Callable[[], Capture]) -> None:
+        self.buckets = buckets
+        self._new_capture = capture
+        self._capture = capture() if buckets else None
+        self._slots: dict[tuple[int, Signature], Slot] = {}
+
+    def attach(self, backends: Iterable[Backend]) -> None:
+        """Captures these backends for the commonest calls; they replay from now on."""
+        if self._capture is not None:
+            for backend in backends:
+                if backend.spec.num_experts:
+                    backend.replay = self._replay(backend, self._capture)
+
+    @contextmanager
+    def apart(self, backends: Iterable[Backend]) -> Iterator[None]:
+        """The backends replay graphs that share nothing with others', for as long as this lasts."""
+        listed = list(backends)
+        Graphs(self.buckets, self._new_capture).attach(listed)
+        try:
+            yield
+        finally:
+            for backend in listed:
+                backend.replay = None
+
+    def _replay(self, backend: Backend, capture: Capture) -> Callable[[Batch], bool] | None:
+        """What runs a batch of the captured form and of at most so many rows, if it can."""
+        captured: list[tuple[Slot, Callable[[], None]]] = []
+        batch = _example(backend, 1)
+        wanted = Signature.of(batch)
+        try:
+            for tokens in self.buckets:
+                slot = self._slot(batch, tokens)
+                captured.append((slot, capture(*_runs(backend, slot, tokens))))
+        except Exception as error:  # whatever keeps a kernel from being captured, it still runs
+            log.warning("%s runs without CUDA graphs: %s", backend.row.entry, error)
+            return None
+        return _replayer(wanted, captured)
+
+    def _slot(self, like: Batch, tokens: int) -> Slot:
+        key = tokens, Signature.of(like)
+        if key not in self._slots:
+            self._slots[key] = Slot(like, tokens)
+        return self._slots[key]
+
+
+def _replayer(
+    wanted: Signature, captured: list[tuple[Slot, Callable[[], None]]]
+) -> Callable[[Batch], bool]:
+    def replay(batch: Batch) -> bool:
+        index = bucket_index(len(batch.rows))
+        if index >= len(captured) or Signature.of(batch) != wanted:
+            return False
+        slot, run = captured[index]
+        slot.fill(batch)
+        run()
+        batch.out.copy_(slot.batch.out[: len(batch.rows)])
+        return True
+
+    return replay
+
+
+def _runs(
+    backend: Backend, slot: Slot, tokens: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The kernels on memory of their own, and on the slot's, which a live graph may be using.
+
+    Nothing but the kernels: what else forward() does belongs to calls.
+    """
+    run = backend._forward
+    return partial(run, _example(backend, tokens)), partial(run, slot.batch)
+
+
+def _example(backend: Backend, tokens: int) -> Batch:
+    """A batch of the commonest form of call, with the routing that the backend takes."""
+    full = random_batch(backend.spec, tokens, backend.device)
+    if backend.row.mode is PlanMode.MONOLITHIC:
+        return Batch(full.rows, full.out, logits=full.logits)
+    return Batch(full.rows, full.out, ids=full.ids, weights=full.weights)
+
+
+def _buffers(like: Batch, tokens: int) -> dict[str, Tensor]:
+    found = {name: getattr(like, name) for name in (*EMPTY, "out")}
+    return {
+        name: t.new_full((tokens, t.shape[1]), EMPTY.get(name, 0))
+        for name, t in found.items()
+        if t is not None
+    }
+
+
+def graphs_for(device: torch.device, buckets: tuple[int, ...], enabled: bool) -> Graphs:
+    """The graphs of a device: for the small ones of its buckets, none on the processor."""
+    usable = enabled and device.type == "cuda"
+    small = tuple(tokens for tokens in buckets if tokens <= LARGEST) if usable else ()
+    return Graphs(small, lambda: CudaCapture(device))
