@@ -121,7 +121,9 @@ def test_logits_and_tokens_are_the_same(family: str) -> None:
 
 
 def test_the_setting_alone_finds_the_model() -> None:
+    others = [tiny("gpt_oss")]
     model = tiny("qwen3_moe")
+    others.append(tiny("minimax_m2"))
     model.set_experts_implementation("eager")
     here = logits(model)
     servers = Servers(far=copy.deepcopy(model))
