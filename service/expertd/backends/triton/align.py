@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 1024
+ALIGNED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,11 @@ def most_blocks(pairs: int, held: int, size: int) -> int:
     return active + (pairs - active) // size
 
 
-def scratch_ints(pairs: int, held: int, size: int) -> tuple[int, int, int, int, int, int]:
+def scratch_ints(pairs: int, held: int, size: int) -> list[int]:
     """Elements of order, ends, expert, start, and of the sort's own counts and ranks."""
     most = most_blocks(pairs, held, size)
-    return pairs, held + 1, most, most, triton.next_power_of_2(held + 1), pairs
+    lengths = pairs, held + 1, most, most, triton.next_power_of_2(held + 1), pairs
+    return [-(-length // ALIGNED) * ALIGNED for length in lengths]
 
 
 def align(ids_TK: Tensor, first: int, held: int, size: int, scratch: Tensor) -> Blocks:
@@ -52,7 +54,7 @@ def align(ids_TK: Tensor, first: int, held: int, size: int, scratch: Tensor) -> 
     pairs = ids_TK.numel()
     sizes = scratch_ints(pairs, held, size)
     order, ends, expert, start, counts, ranks = torch.split(scratch[: sum(sizes)], sizes)
-    blocks = Blocks(ids_TK, first, sizes[2], order, ends, expert, start)
+    blocks = Blocks(ids_TK, first, most_blocks(pairs, held, size), order, ends, expert, start)
     _align[(1,)](
         ids_TK,
         order,
@@ -73,7 +75,7 @@ def align(ids_TK: Tensor, first: int, held: int, size: int, scratch: Tensor) -> 
     return blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "held", "first", "most"])
 def _align(
     ids_ptr,
     order_ptr,
@@ -135,6 +137,11 @@ def _cut(expert_ptr, start_ptr, expert, begin, block, blocks, SIZE: tl.constexpr
         has = turn < blocks
         tl.store(expert_ptr + block + turn, expert, mask=has)
         tl.store(start_ptr + block + turn, begin + turn * SIZE, mask=has)
+
+
+def ends_of(scratch: Tensor, pairs: int) -> Tensor:
+    """The ends that align has written for so many pairs."""
+    return scratch[-(-pairs // ALIGNED) * ALIGNED :]
 
 
 def unsorted(ids_TK: Tensor, first: int) -> Blocks:

@@ -9,20 +9,22 @@ from torch import Tensor
 
 from expertd.backends.base import Backend, Batch
 from expertd.backends.triton.activation import constants
-from expertd.backends.triton.align import Blocks, align, scratch_ints, unsorted
+from expertd.backends.triton.align import Blocks, align, ends_of, scratch_ints, unsorted
 from expertd.backends.triton.combine import combine
 from expertd.backends.triton.dot import INTERPRETED
-from expertd.backends.triton.launch import Rows, Site, run_first, run_second
+from expertd.backends.triton.launch import Call, Rows, Site, first_call, second_call
 from expertd.backends.triton.quantize import quantize_rows
 from expertd.backends.triton.rows import prepared, used_as_they_are
 from expertd.backends.triton.rows import shapes as row_shapes
 from expertd.backends.triton.scratch import Shape, scratch
-from expertd.backends.triton.tiles import Cut, cut_for
+from expertd.backends.triton.tiles import Cut, Work, by_rule, measured
 from expertd.backends.triton.weights import Native, native
 from expertd.weights.canonical import ExpertWeights
 from expertd_wire.errors import Refusal
 
 PROBE_TOP_K = 8
+
+Memory = dict[str, Tensor]
 
 
 class Triton(Backend):
@@ -38,6 +40,7 @@ class Triton(Backend):
         assert weights is not None
         self._native: Native = native(weights, self.row.activation_quant)
         self._activation = constants(self.spec.activation)
+        self._work = self._work_here()
         routing = self.spec.routing
         self._on_input = routing is not None and routing.weight_site == "input"
 
@@ -46,36 +49,55 @@ class Triton(Backend):
             self._forward(self._probe(count))
 
     def _forward(self, batch: Batch) -> None:
+        assert batch.ids is not None
+        cut = self._cut(*batch.ids.shape)
+        memory = scratch(dict(self._shapes(cut, *batch.ids.shape)), self.device)
+        first, second = self.calls(batch, cut, memory)
+        first.run()
+        self._quantise_inner(cut, memory)
+        second.run()
+        combine(memory["parts"], batch.ids, batch.out, self.spec.expert_begin, self.spec.held)
+
+    def calls(self, batch: Batch, cut: Cut, memory: Memory) -> tuple[Call, Call]:
+        """Both GEMMs of a batch whose pairs are now sorted and whose rows are prepared."""
         assert batch.ids is not None and batch.weights is not None
-        ids = batch.ids.contiguous()
-        cut = cut_for(self.spec, self._native, *ids.shape)
-        memory = scratch(dict(self._shapes(cut, *ids.shape)), self.device)
-        site = self._site(ids, batch.weights, cut, memory)
-        rows = prepared(batch, self._native.first, _of(memory, "rows"), cut.in_loop)
-        self._experts(site, cut, rows, memory)
-        combine(memory["parts"], ids, batch.out, self.spec.expert_begin, self.spec.held)
-
-    def _experts(self, site: Site, cut: Cut, rows: Rows, memory: dict[str, Tensor]) -> None:
-        """Both GEMMs: from rows to the weighted part of every pair."""
-        first, second = self._native.first, self._native.second
-        quantised = second.kind == "rows"
-        plain = Rows(memory["plain"]) if quantised else self._inner(memory)
+        site = self._site(batch.ids, batch.weights, cut, memory)
+        matrix, second = self._native.first, self._native.second
+        rows = prepared(batch, matrix, _of(memory, "rows"), cut.in_loop)
+        inner = self._inner(cut, memory)
+        late = second.kind == "rows"
+        made = Rows(memory["plain"]) if late else inner
+        kind = "plain" if inner.plain else second.kind
         gated = self.spec.activation.gated
-        run_first(site, first, cut.first, rows, plain, second.kind, self._activation, gated)
-        inner = self._inner(memory)
-        if quantised:
-            assert inner.scale is not None
-            count = site.blocks.ends[self.spec.held :] if cut.sorted else None
-            quantize_rows(plain.values, inner.values, inner.scale, count)
-        run_second(site, second, cut.second, inner, memory["parts"])
+        first = first_call(site, matrix, cut.first, rows, made, kind, self._activation, gated)
+        return first, second_call(site, second, cut.second, inner, memory["parts"])
 
-    def _inner(self, memory: dict[str, Tensor]) -> Rows:
+    def _cut(self, tokens: int, top_k: int) -> Cut:
+        """How a batch of this size is cut."""
+        pairs, native = tokens * top_k, self._native
+        return measured(self._work, pairs) or by_rule(
+            pairs, self.spec.held, native.first, native.second, tokens
+        )
+
+    def _quantise_inner(self, cut: Cut, memory: Memory) -> None:
+        """Rows that have one scale each cannot be quantised tile by tile, in the first GEMM."""
+        if self._native.second.kind != "rows":
+            return
+        inner = self._inner(cut, memory)
+        assert inner.scale is not None
+        held = self.spec.held
+        count = ends_of(memory["blocks"], memory["plain"].shape[0])[held:] if cut.sorted else None
+        quantize_rows(memory["plain"], inner.values, inner.scale, count)
+
+    def _inner(self, cut: Cut, memory: Memory) -> Rows:
         """Where the second GEMM's input lies."""
         second, parts = self._native.second, _of(memory, "inner")
+        if second.kind == "groups" and cut.in_loop:
+            return Rows(memory["plain"], plain=True)
         scale = second.rows_scale if second.kind == "fixed" else parts.get("scale")
         return Rows(parts["codes"], scale, split=second.format.packed == 2)
 
-    def _site(self, ids: Tensor, router: Tensor, cut: Cut, memory: dict[str, Tensor]) -> Site:
+    def _site(self, ids: Tensor, router: Tensor, cut: Cut, memory: Memory) -> Site:
         spec = self.spec
         blocks: Blocks
         if cut.sorted:
@@ -96,9 +118,20 @@ class Triton(Backend):
         if not used_as_they_are(first, cut.in_loop):
             yield from _named("rows", row_shapes(first.kind, tokens, spec.hidden, compute))
         yield from _named("inner", row_shapes(second.kind, pairs, spec.intermediate, compute))
-        if second.kind == "rows":
+        if second.kind == "rows" or (second.kind == "groups" and cut.in_loop):
             yield "plain", (compute, (pairs, spec.intermediate))
         yield "parts", (compute, (pairs, spec.hidden))
+
+    def _work_here(self) -> Work:
+        spec = self.spec
+        return Work(
+            arch_of(self.device),
+            str(spec.quant.value),
+            self.row.activation_quant,
+            spec.hidden,
+            spec.intermediate,
+            spec.held,
+        )
 
     def _probe(self, tokens: int) -> Batch:
         """A batch that gives every expert its equal share."""
@@ -115,7 +148,15 @@ def _named(name: str, shapes: dict[str, Shape]) -> Iterator[tuple[str, Shape]]:
     return ((f"{name}.{part}", shape) for part, shape in shapes.items())
 
 
-def _of(memory: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _of(memory: Memory, name: str) -> dict[str, Tensor]:
     """The parts that _named put under a name."""
     start = f"{name}."
     return {key.removeprefix(start): t for key, t in memory.items() if key.startswith(start)}
+
+
+def arch_of(device: torch.device) -> str:
+    """ "sm90" and the like, "" for the CPU."""
+    if device.type != "cuda":
+        return ""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"

@@ -31,7 +31,7 @@ def combine(parts: Tensor, ids: Tensor, out: Tensor, first: int, held: int) -> N
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "held"])
 def _combine(
     parts_ptr,
     ids_ptr,

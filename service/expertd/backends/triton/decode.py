@@ -7,6 +7,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from expertd.backends.triton.dot import INTERPRETED, rounded
+
+# Two bytes become the upper halves of two 16-bit lanes. A high nibble has its sign in place, its
+# magnitude, moved down by 6, is that of a bfloat16 2 ** 126 times smaller: the product with
+# 2 ** 126, which takes the sign along, is exact. The low nibble is 4 bits further down. $4: four
+# bytes; $5, $6: their scales; $0, $1: low nibbles; $2, $3: high nibbles.
+_CONSTANTS = """
+        .reg .b32 t, a, s, z, o, m;
+        mov.b32 z, 0x80008000;
+        mov.b32 o, 0x3F803F80;
+        mov.b32 m, 0xC308C308;
+"""
+_E2M1_HALF = """
+        prmt.b32 t, $4, 0, {select};
+        shr.u32 a, t, 6;
+        and.b32 a, a, 0x01C001C0;
+        lop3.b32 s, t, 0x80008000, 0x7E807E80, 0xEA;
+        fma.rn.bf16x2 a, a, s, z;
+        fma.rn.bf16x2 ${high}, a, ${scale}, z;
+        shr.u32 a, t, 2;
+        and.b32 a, a, 0x01C001C0;
+        shl.b32 s, t, 4;
+        lop3.b32 s, s, 0x80008000, 0x7E807E80, 0xEA;
+        fma.rn.bf16x2 a, a, s, z;
+        fma.rn.bf16x2 ${low}, a, ${scale}, z;
+"""
+# Two bytes become the lower halves. A nibble with its sign bit flipped, put into the mantissa of
+# 128, makes 136 plus its value.
+_INT4_HALF = """
+        prmt.b32 t, $4, 0, {select};
+        lop3.b32 a, t, 0x000F000F, 0x43084308, 0x6A;
+        fma.rn.bf16x2 a, a, o, m;
+        fma.rn.bf16x2 ${low}, a, ${scale}, z;
+        shr.u32 t, t, 4;
+        lop3.b32 a, t, 0x000F000F, 0x43084308, 0x6A;
+        fma.rn.bf16x2 a, a, o, m;
+        fma.rn.bf16x2 ${high}, a, ${scale}, z;
+"""
+
+
+def _asm(half: str, *selects: str) -> str:
+    halves = (
+        half.format(select=select, low=n, high=n + 2, scale=n + 5)
+        for n, select in enumerate(selects)
+    )
+    return "{" + _CONSTANTS + "".join(halves) + "}"
+
+
+E2M1_ASM = tl.constexpr(_asm(_E2M1_HALF, "0x1404", "0x3424"))
+INT4_ASM = tl.constexpr(_asm(_INT4_HALF, "0x4140", "0x4342"))
+
 
 @triton.jit
 def decode(codes, FORMAT: tl.constexpr):
@@ -17,8 +68,21 @@ def decode(codes, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def decode_pair(codes, FORMAT: tl.constexpr):
-    """Bytes of two values as float32: the low nibbles, and the high ones."""
+def decode_pair(codes, scale, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
+    """Bytes [N, K] of two values, and scales [N, K / G]: the scaled values of the low nibbles, and
+    of the high ones, in COMPUTE."""
+    if INTERPRETED or tl.bfloat16 != COMPUTE:
+        low, high = _nibbles(codes, FORMAT)
+        low = rounded(times_groups(low, scale), COMPUTE)
+        high = rounded(times_groups(high, scale), COMPUTE)
+    else:
+        ones = tl.full(codes.shape, 1.0, tl.bfloat16)
+        low, high = _packed(codes, times_groups(ones, scale.to(tl.bfloat16)), FORMAT)
+    return low, high
+
+
+@triton.jit
+def _nibbles(codes, FORMAT: tl.constexpr):
     if FORMAT == "e2m1":
         low = _e2m1(codes & 15)
         high = _e2m1(codes >> 4)
@@ -27,6 +91,20 @@ def decode_pair(codes, FORMAT: tl.constexpr):
         low = _int4(codes & 15)
         high = _int4(codes >> 4)
     return low, high
+
+
+@triton.jit
+def _packed(codes, scale, FORMAT: tl.constexpr):
+    """The same in a few instructions for four bytes: weights arrive as fast as this lets them."""
+    ASM: tl.constexpr = E2M1_ASM if FORMAT == "e2m1" else INT4_ASM
+    return tl.inline_asm_elementwise(
+        ASM,
+        "=&r,=&r,=&r,=&r,r,r,r",
+        [codes, scale],
+        dtype=(tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=4,
+    )
 
 
 @triton.jit

@@ -12,18 +12,23 @@ from expertd.backends.triton.dot import rounded, upright
 from expertd.backends.triton.loop import accumulate
 from expertd.backends.triton.quantize import quantized, through_mxfp8, to_e4m3
 
+ANY = ["first_expert", "held", "top_k", "most", "together"]
+"""Numbers that change from call to call, and must not compile anything."""
+ANYWHERE = ["router_ptr", "ids_ptr", "order_ptr", "ends_ptr", "expert_ptr", "start_ptr"]
+"""Where a call's numbers lie decides nothing either: they are read one by one."""
 
-@triton.jit
+
+@triton.jit(do_not_specialize=ANY, do_not_specialize_on_alignment=ANYWHERE)
 def first_gemm(
     rows_ptr, row_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
     router_ptr, inner_ptr, inner_scale_ptr,
-    ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, top_k, most,
+    ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, top_k, most, together,
     width, inner, alpha, beta, limit,
     KIND: tl.constexpr, GATED: tl.constexpr, ON_INPUT: tl.constexpr, INNER: tl.constexpr,
     SORTED: tl.constexpr, END_SCALE: tl.constexpr, ROW_SCALED: tl.constexpr, BIASED: tl.constexpr,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     EVEN: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """rows [T, H] x w13 → inner [N, I], a row for each pair in the blocks' order.
@@ -31,7 +36,7 @@ def first_gemm(
     INNER: how inner is stored: "plain", "split" (even columns first), "fixed" (e4m3 by one scale
     an expert), "groups" (e4m3, a scale for 128 columns) or "mxfp8" (rounded to what mxfp8 holds).
     """
-    block, tile = _place(most, (inner + N - 1) // N, TOGETHER)
+    block, tile = _place(most, (inner + N - 1) // N, together)
     expert, row, there, pair = _block(
         block, ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M
     )
@@ -72,21 +77,21 @@ def first_gemm(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY, do_not_specialize_on_alignment=ANYWHERE)
 def second_gemm(
     inner_ptr, inner_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
     router_ptr, parts_ptr,
-    ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, most,
+    ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, top_k, most, together,
     width, hidden,
     ON_INPUT: tl.constexpr,
     SORTED: tl.constexpr, END_SCALE: tl.constexpr, ROW_SCALED: tl.constexpr, BIASED: tl.constexpr,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     EVEN: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """inner [N, I] x w2 → parts [T * K, H], each pair's weighted part of its row's sum."""
-    block, tile = _place(most, (hidden + N - 1) // N, TOGETHER)
+    block, tile = _place(most, (hidden + N - 1) // N, together)
     expert, row, there, pair = _block(
         block, ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M
     )
@@ -117,12 +122,12 @@ def second_gemm(
 
 
 @triton.jit
-def _place(most, tiles, TOGETHER: tl.constexpr):
-    """This program's block and tile; TOGETHER blocks in turn share a tile of the weights."""
+def _place(most, tiles, together):
+    """This program's block and tile; together, blocks in turn share a tile of the weights."""
     program = tl.program_id(0)
-    begin = program // (TOGETHER * tiles) * TOGETHER
-    within = program % (TOGETHER * tiles)
-    blocks = tl.minimum(most - begin, TOGETHER)
+    begin = program // (together * tiles) * together
+    within = program % (together * tiles)
+    blocks = tl.minimum(most - begin, together)
     return begin + within % blocks, within // blocks
 
 

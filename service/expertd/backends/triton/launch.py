@@ -38,6 +38,22 @@ INNER: dict[Kind, str] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """A kernel with its grid and its arguments."""
+
+    kernel: Any
+    grid: tuple[int]
+    arguments: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments)
+
+    def compile(self) -> None:
+        """Compiles the kernel, or finds it compiled, without running it."""
+        self.kernel.warmup(grid=self.grid, **self.arguments)
+
+
+@dataclass(frozen=True, slots=True)
 class Rows:
     """A GEMM's input [R, K] and its scales; split: its even columns lie before its odd ones.
 
@@ -73,13 +89,14 @@ class Site:
             "start_ptr": blocks.start,
             "first_expert": blocks.first,
             "held": self.held,
+            "top_k": blocks.ids.shape[1],
             "most": blocks.most,
             "SORTED": self.sorted,
             "ON_INPUT": self.on_input,
         }
 
 
-def run_first(
+def first_call(
     site: Site,
     matrix: Matrix,
     tile: Tile,
@@ -88,35 +105,29 @@ def run_first(
     inner_kind: Kind,
     activation: dict[str, Any],
     gated: bool,
-) -> None:
+) -> Call:
     """rows [T, H] → inner [N, I] in the form that the second GEMM's kind asks for."""
-    width = rows.values.shape[1]
-    columns = inner.values.shape[1]
-    first_gemm[(site.blocks.most * triton.cdiv(columns, tile.n),)](
-        inner_ptr=inner.values,
-        inner_scale_ptr=_or(inner.scale, inner.values),
-        top_k=site.blocks.ids.shape[1],
-        inner=columns,
-        GATED=gated,
-        INNER="split" if inner.split else INNER[inner_kind],
-        **activation,
-        **site.arguments,
-        **_arguments(matrix, tile, rows, width, site.compute),
-    )
+    width, columns = rows.values.shape[1], inner.values.shape[1]
+    arguments = {
+        "inner_ptr": inner.values,
+        "inner_scale_ptr": _or(inner.scale, inner.values),
+        "inner": columns,
+        "GATED": gated,
+        "INNER": "split" if inner.split else INNER[inner_kind],
+    }
+    arguments |= activation | site.arguments
+    arguments |= _arguments(matrix, tile, rows, width, site.compute)
+    return Call(first_gemm, (site.blocks.most * triton.cdiv(columns, tile.n),), arguments)
 
 
-def run_second(site: Site, matrix: Matrix, tile: Tile, inner: Rows, parts: Tensor) -> None:
+def second_call(site: Site, matrix: Matrix, tile: Tile, inner: Rows, parts: Tensor) -> Call:
     """inner [N, I] → parts [T * K, H], weighted."""
     width, hidden = inner.values.shape[1], parts.shape[1]
-    arguments = _arguments(matrix, tile, inner, width, site.compute)
-    second_gemm[(site.blocks.most * triton.cdiv(hidden, tile.n),)](
-        inner_ptr=arguments.pop("rows_ptr"),
-        inner_scale_ptr=arguments.pop("row_scale_ptr"),
-        parts_ptr=parts,
-        hidden=hidden,
-        **site.arguments,
-        **arguments,
-    )
+    arguments = site.arguments | _arguments(matrix, tile, inner, width, site.compute)
+    arguments["inner_ptr"] = arguments.pop("rows_ptr")
+    arguments["inner_scale_ptr"] = arguments.pop("row_scale_ptr")
+    arguments |= {"parts_ptr": parts, "hidden": hidden}
+    return Call(second_gemm, (site.blocks.most * triton.cdiv(hidden, tile.n),), arguments)
 
 
 def _arguments(
@@ -144,7 +155,7 @@ def _arguments(
         "M": tile.m,
         "N": tile.n,
         "K": tile.k,
-        "TOGETHER": tile.together,
+        "together": tile.together,
         "EVEN": width % tile.k == 0,
         "SWAPPED": tile.swapped,
         "num_warps": tile.warps,

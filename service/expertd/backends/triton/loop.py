@@ -54,53 +54,96 @@ def accumulate(
     """
     first = nothing(M, N, SWAPPED)
     second = nothing(M, N, SWAPPED)
+    # Scales are read a step ahead: Triton overlaps the loads of what is multiplied only.
+    scale = _scales(scale_ptr, n, begin, 0, width, GROUP, SCALE, K, EVEN)
+    other_scale = scale
+    if HALVES == 2:
+        other_scale = _scales(
+            scale_ptr + half_scales, n, begin, 0, width, GROUP, SCALE, K, EVEN
+        )  # fmt: skip
+    row_scale = _row_scale(row_scale_ptr, row, 0, width, ROWS)
     for k in range(0, width, K):
+        ahead = tl.where(k + K < width, k + K, 0)
+        next_scale = _scales(scale_ptr, n, begin, ahead, width, GROUP, SCALE, K, EVEN)
+        next_other = next_scale
+        if HALVES == 2:
+            next_other = _scales(
+                scale_ptr + half_scales, n, begin, ahead, width, GROUP, SCALE, K, EVEN
+            )  # fmt: skip
+        next_row = _row_scale(row_scale_ptr, row, ahead, width, ROWS)
         if FORMAT == "e2m1" or FORMAT == "int4":
             even, odd = _row_pairs(rows_ptr, row, k, width, SPLIT, COMPUTE, K, EVEN)
-            row_scale = 1.0
         else:
-            even, row_scale = _rows(rows_ptr, row_scale_ptr, row, k, width, ROWS, COMPUTE, K, EVEN)
+            even = _tile(rows_ptr, row, k, width, K, EVEN)
+            if ROWS == "to_groups":
+                even, row_scale = quantized(even.to(tl.float32))
+            else:
+                even = rounded(even, COMPUTE)
             odd = even
         first = _add(
-            first, even, odd, row_scale, weight_ptr, scale_ptr, n, begin, k, width,
+            first, even, odd, row_scale, weight_ptr, scale, n, k, width,
             FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED,
         )  # fmt: skip
         if HALVES == 2:
             second = _add(
                 second, even, odd, row_scale,
-                weight_ptr + half_weights, scale_ptr + half_scales, n, begin, k, width,
+                weight_ptr + half_weights, other_scale, n, k, width,
                 FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED,
             )  # fmt: skip
+        scale, other_scale, row_scale = next_scale, next_other, next_row
     return first, second
 
 
 @triton.jit
 def _add(
-    total, even, odd, row_scale, weight_ptr, scale_ptr, n, begin, k, width,
+    total, even, odd, row_scale, weight_ptr, scale, n, k, width,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """total + one K step of one half."""
     if FORMAT == "e2m1" or FORMAT == "int4":
         codes = _tile(weight_ptr, n, k // 2, width // 2, K // 2, EVEN)
-        scale = _group_scales(scale_ptr, n, k, width, GROUP, SCALE, K, EVEN)
-        low, high = decode_pair(codes, FORMAT)
-        total = multiply(even, rounded(times_groups(low, scale), COMPUTE), total, SWAPPED)
-        total = multiply(odd, rounded(times_groups(high, scale), COMPUTE), total, SWAPPED)
+        low, high = decode_pair(codes, decode_scale(scale, SCALE), FORMAT, COMPUTE)
+        total = multiply(even, low, total, SWAPPED)
+        total = multiply(odd, high, total, SWAPPED)
     else:
         values = decode(_tile(weight_ptr, n, k, width, K, EVEN), FORMAT)
         if GROUP == 128:
             tl.static_assert(K == 128 and N <= 128, "a tile is one block wide and at most one high")
             part = multiply(even, rounded(values, COMPUTE), nothing(M, N, SWAPPED), SWAPPED)
-            blocks = (width + 127) // 128
-            weight_scale = tl.load(scale_ptr + begin // 128 * blocks + k // 128)
-            total += scaled(part, row_scale, weight_scale, SWAPPED)
-        elif GROUP == 32:
-            scale = _group_scales(scale_ptr, n, k, width, GROUP, SCALE, K, EVEN)
-            total = multiply(even, rounded(times_groups(values, scale), COMPUTE), total, SWAPPED)
+            total += scaled(part, row_scale, scale, SWAPPED)
         else:
+            if GROUP == 32:
+                values = times_groups(values, decode_scale(scale, SCALE))
             total = multiply(even, rounded(values, COMPUTE), total, SWAPPED)
     return total
+
+
+@triton.jit
+def _scales(
+    ptr, n, begin, k, width,
+    GROUP: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """A step's weight scales as stored: one for a block of 128, [N, K / GROUP] for groups."""
+    if GROUP == 128:
+        scale = tl.load(ptr + begin // 128 * ((width + 127) // 128) + k // 128)
+    elif GROUP > 0:
+        scale = _tile(ptr, n, k // GROUP, width // GROUP, K // GROUP, EVEN)
+    else:
+        scale = 1.0
+    return scale
+
+
+@triton.jit
+def _row_scale(ptr, row, k, width, ROWS: tl.constexpr):
+    """A step's scales of the rows [M], where 128 columns share one."""
+    if ROWS == "fp8_groups":
+        scale = tl.load(ptr + row * ((width + 127) // 128) + k // 128)
+    elif ROWS == "to_groups":
+        scale = row.to(tl.float32)
+    else:
+        scale = 1.0
+    return scale
 
 
 @triton.jit
@@ -109,23 +152,6 @@ def _tile(ptr, row, k, width, K: tl.constexpr, EVEN: tl.constexpr):
     column = k + tl.arange(0, K)
     place = ptr + row.to(tl.int64)[:, None] * width + column[None, :]
     return tl.load(place) if EVEN else tl.load(place, mask=(column < width)[None, :], other=0.0)
-
-
-@triton.jit
-def _rows(
-    ptr, scale_ptr, row, k, width,
-    ROWS: tl.constexpr, COMPUTE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """The rows' tile in the dtype that is multiplied, and its scale for this step."""
-    tile = _tile(ptr, row, k, width, K, EVEN)
-    scale = 1.0
-    if ROWS == "plain":
-        tile = rounded(tile, COMPUTE)
-    elif ROWS == "to_groups":
-        tile, scale = quantized(tile.to(tl.float32))
-    elif ROWS == "fp8_groups":
-        scale = tl.load(scale_ptr + row * ((width + 127) // 128) + k // 128)
-    return tile, scale
 
 
 @triton.jit
@@ -148,12 +174,3 @@ def _row_pairs(
         there = (half < width // 2)[None, :]
         low, high = tl.load(even, mask=there, other=0.0), tl.load(odd, mask=there, other=0.0)
     return rounded(low, COMPUTE), rounded(high, COMPUTE)
-
-
-@triton.jit
-def _group_scales(
-    ptr, n, k, width,
-    GROUP: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """[N, K / GROUP] float32: the scales of a step's groups; beyond the width, whatever."""
-    return decode_scale(_tile(ptr, n, k // GROUP, width // GROUP, K // GROUP, EVEN), SCALE)

@@ -1,11 +1,17 @@
-"""How the work of a GEMM is cut, by the size of the batch."""
+"""How the work of a GEMM is cut: measured on a card (tiles.json), or by rule where nothing was.
+
+tests/bench/tiles.py makes the table.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 
-from expertd.backends.triton.weights import Native
-from expertd.core import LayerSpec
+from expertd.backends.triton.weights import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,7 @@ class Cut:
     """The tiles of both GEMMs, which have the same m.
 
     sorted: pairs are sorted by expert; else each is a block of its own. in_loop: rows are quantised
-    to groups inside the first GEMM and not by a kernel before it.
+    to groups, or split, inside the first GEMM and not by a kernel before it.
     """
 
     sorted: bool
@@ -35,16 +41,84 @@ class Cut:
     second: Tile
 
 
-def cut_for(spec: LayerSpec, native: Native, tokens: int, top_k: int) -> Cut:
-    """The cut for a batch."""
-    pairs = tokens * top_k
-    a_expert = pairs / max(1, min(pairs, spec.held))
-    m = 16 if a_expert <= 12 else 32 if a_expert <= 24 else 64 if a_expert <= 96 else 128
-    groups = native.first.kind == "groups"
-    deep = 64
-    warps = 4 if m < 128 else 8
-    n = 128 if m > 16 or groups else 64
-    k = 128 if native.first.fp8 or native.first.format.group == 128 else deep
-    tile = Tile(m, n, k, 1 if m < 64 else 4, warps, 3)
-    small = tokens == 1
-    return Cut(not small, small and native.first.kind in ("plain", "groups"), tile, tile)
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What decides a cut beside the size of the batch; arch is "" where there is no card."""
+
+    arch: str
+    weights: str
+    rows: str
+    hidden: int
+    intermediate: int
+    held: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The fastest cut of a work at so many pairs."""
+
+    work: Work
+    pairs: int
+    cut: Cut
+
+
+@cache
+def table() -> tuple[Measured, ...]:
+    """What was measured."""
+    text = (resources.files(__package__) / "tiles.json").read_text()
+    return tuple(_measured(entry) for entry in json.loads(text))
+
+
+def _measured(entry: dict[str, object]) -> Measured:
+    fields = dict(entry)
+    pairs, work, cut = fields["pairs"], fields["work"], fields["cut"]
+    assert isinstance(pairs, int) and isinstance(work, dict) and isinstance(cut, dict)
+    tiles = {name: Tile(*cut[name]) for name in ("first", "second")}
+    return Measured(Work(**work), pairs, Cut(cut["sorted"], cut["in_loop"], **tiles))
+
+
+def measured(work: Work, pairs: int) -> Cut | None:
+    """The cut of the nearest measurement of this format on this card; None without any.
+
+    The very layer comes first; of others, those with about as many pairs an expert.
+    """
+    same = [one for one in table() if _format(one.work) == _format(work)]
+    if not same:
+        return None
+    return min(same, key=lambda one: (one.work != work, _distance(one, work, pairs))).cut
+
+
+def _format(work: Work) -> tuple[str, str, str]:
+    return work.arch, work.weights, work.rows
+
+
+def _distance(one: Measured, work: Work, pairs: int) -> float:
+    if one.work == work:
+        return abs(math.log2(pairs / one.pairs))
+    return abs(math.log2(an_expert(pairs, work.held) / an_expert(one.pairs, one.work.held)))
+
+
+def an_expert(pairs: int, held: int) -> float:
+    """How many pairs an expert with any has, if they are spread evenly."""
+    return pairs / min(pairs, held)
+
+
+def by_rule(pairs: int, held: int, first: Matrix, second: Matrix, tokens: int) -> Cut:
+    """A cut that any card can run: its tiles fit 96 KB of shared memory."""
+    each = an_expert(pairs, held)
+    m = next((size for size in (16, 32, 64) if each <= 0.75 * size), 128)
+    loose = tokens == 1
+    in_loop = loose and first.kind in ("plain", "groups")
+    return Cut(not loose, in_loop, _by_rule(first, m), _by_rule(second, m))
+
+
+def _by_rule(matrix: Matrix, m: int) -> Tile:
+    wide = matrix.kind == "groups" or matrix.format.group == 128
+    return Tile(
+        m,
+        n=128 if wide or m > 16 else 64,
+        k=128 if matrix.fp8 or wide else 64,
+        together=1 if m < 64 else 4,
+        warps=4 if m < 128 else 8,
+        stages=2 if wide else 3,
+    )

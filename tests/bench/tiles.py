@@ -1,0 +1,229 @@
+"""Searches the fastest tiles of our Triton kernels on the card that is here.
+
+    python -m tests.bench.tiles --out tiles.json [--shapes …] [--tokens …]
+
+Kernels are compiled by many processes first; then each GEMM of each shape is timed by graph replay
+with each candidate, for every height of blocks that may pay, and the fastest sum of both is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
+
+import torch
+from tests.bench.kernels.shapes import SHAPES, TOKENS, Shape
+from tests.bench.kernels.timing import time_calls
+from tests.bench.kernels.weights import random_batches, random_weights
+
+from expertd.backends.base import Batch
+from expertd.backends.triton.backend import Triton
+from expertd.backends.triton.launch import Call
+from expertd.backends.triton.scratch import scratch
+from expertd.backends.triton.tiles import Cut, Tile, an_expert
+from expertd.capability.rows.triton import ROWS
+from expertd.weights.canonical import ExpertWeights
+from expertd.weights.matrix import allocate
+
+DEVICE = torch.device("cuda:0")
+SHARED = 227 * 1024
+HEIGHTS = (16, 32, 64, 128)
+ACTIVATION = {"fp8_block128": "fp8_group128", "fp8_tensor": "fp8_tensor"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The fastest tile of a GEMM at one height, and its time."""
+
+    tile: Tile
+    us: float
+
+
+def heights(pairs: int, held: int) -> list[int]:
+    """Those near to what an expert gets."""
+    each = an_expert(pairs, held)
+    return [m for m in HEIGHTS if m == 16 and each <= 24 or 0.6 * each <= m <= 4 * each][:3] or [
+        128
+    ]
+
+
+def candidates(
+    m: int, fp8: bool, packed: bool, blocks: bool, halves: int, loose: bool
+) -> Iterator[Tile]:
+    """Tiles that may pay at a height and fit the card."""
+    narrow, wide = ((32, 64, 128), (4,)) if m <= 32 else ((128, 256), (4, 8))
+    depths = (128,) if blocks else (128, 256) if fp8 or packed else (64, 128)
+    for n, k, warps, stages, swapped in itertools.product(
+        narrow, depths, wide, (2, 3, 4, 5), (False, True)
+    ):
+        size = (m * (2 if not fp8 else 1) + halves * n * (0.5 if packed else 1 if fp8 else 2)) * k
+        too_big = size * stages > SHARED or m * n * halves > 128 * 256
+        registers = m * n * halves / (warps * 32)
+        if (
+            too_big
+            or registers > 160
+            or (blocks and (n > 128 or (n < 128 and halves == 2 and not loose)))
+            or (swapped and (n < 64 or not packed))
+        ):
+            continue
+        if registers < 16 and warps == 8:
+            continue
+        yield Tile(m, n, k, 1, warps, stages, swapped)
+
+
+class Search:
+    """One shape: its backend, and the calls of its GEMMs."""
+
+    def __init__(self, shape: Shape, weights: ExpertWeights) -> None:
+        quant = shape.spec.quant
+        wanted = ACTIVATION.get(str(quant.value), "bf16")
+        row = next(r for r in ROWS if quant in r.quants and r.activation_quant == wanted)
+        self.shape = shape
+        self.backend = Triton(row, shape.spec, DEVICE)
+        self.backend.check()
+        self.backend.prepare_weights(weights, None)
+
+    def tiles(self, m: int, second: bool, loose: bool) -> list[Tile]:
+        native = self.backend._native
+        matrix = native.second if second else native.first
+        blocks = matrix.kind == "groups" or matrix.format.group == 128
+        halves = 2 if self.shape.spec.activation.gated and not second else 1
+        packed = matrix.format.packed == 2
+        return list(candidates(m, matrix.fp8, packed, blocks, halves, loose))
+
+    def call(self, batch: Batch, cut: Cut, second: bool) -> Call:
+        assert batch.ids is not None
+        memory = scratch(dict(self.backend._shapes(cut, *batch.ids.shape)), DEVICE)
+        return self.backend.calls(batch, cut, memory)[int(second)]
+
+
+def with_tile(m: int, tokens: int, tile: Tile) -> Cut:
+    loose = tokens == 1
+    return Cut(not loose, loose, tile, tile)
+
+
+def compile_all(shapes: Sequence[str], jobs: int, tokens: Sequence[int]) -> None:
+    """Every kernel of the search, compiled into Triton's cache by processes side by side."""
+    context = multiprocessing.get_context("spawn")
+    work = [(name, tuple(tokens), part, jobs) for name in shapes for part in range(jobs)]
+    with context.Pool(jobs) as pool:
+        done = sum(pool.starmap(_compile_part, work, chunksize=1))
+    print(f"compiled {done}", flush=True)
+
+
+def _compile_part(name: str, tokens: tuple[int, ...], part: int, parts: int) -> int:
+    shape = next(s for s in SHAPES if s.name == name)
+    few = replace(shape, spec=replace(shape.spec, num_experts=8, expert_end=8))
+    search = Search(few, allocate(few.spec, DEVICE, static_inputs="tensor" in few.spec.quant))
+    jobs = sorted(set(_kernels(shape, search, tokens)), key=str)
+    for m, loose, second, tile in jobs[part::parts]:
+        batch = random_batches(few, 1 if loose else 64, 1, DEVICE)[0]
+        call = search.call(batch, with_tile(m, 1 if loose else 64, tile), second)
+        try:
+            call.compile()
+        except Exception as error:  # a tile that this card cannot run is no candidate
+            print(f"{name} {tile}: {error}"[:120], flush=True)
+    return len(jobs[part::parts])
+
+
+def _kernels(
+    shape: Shape, search: Search, tokens: Sequence[int]
+) -> Iterator[tuple[int, bool, bool, Tile]]:
+    for count in tokens:
+        for m in heights(count * shape.top_k, shape.spec.held):
+            for second in (False, True):
+                for tile in search.tiles(m, second, count == 1):
+                    yield m, count == 1, second, tile
+
+
+def timed(calls: Sequence[Call], seconds: float) -> float:
+    """Microseconds a call; infinite where the card cannot run it."""
+    try:
+        return time_calls([call.run for call in calls], seconds).median
+    except Exception as error:  # a tile that this card cannot run is no candidate
+        print(str(error)[:120], flush=True)
+        return float("inf")
+
+
+def search(shape: Shape, tokens: Sequence[int], seconds: float) -> Iterator[dict[str, object]]:
+    """The fastest cut of each size of batch."""
+    torch.manual_seed(0)
+    found = Search(shape, random_weights(shape.spec, DEVICE))
+    for count in tokens:
+        batches = random_batches(shape, count, 8 if count < 256 else 2, DEVICE)
+        best: tuple[float, Cut] | None = None
+        for m in heights(count * shape.top_k, shape.spec.held):
+            times = [_fastest(found, batches, m, second, seconds) for second in (False, True)]
+            total = sum(one.us for one in times)
+            print(
+                shape.name, count, m, [(astuple(t.tile), round(t.us, 1)) for t in times], flush=True
+            )
+            if best is None or total < best[0]:
+                cut = with_tile(m, count, times[0].tile)
+                best = total, replace(cut, second=times[1].tile)
+        assert best is not None
+        cut = best[1]
+        yield {
+            "work": asdict(found.backend._work),
+            "pairs": count * shape.top_k,
+            "cut": {
+                "sorted": cut.sorted,
+                "in_loop": cut.in_loop,
+                "first": astuple(cut.first),
+                "second": astuple(cut.second),
+            },
+        }
+
+
+def _fastest(
+    search: Search, batches: Sequence[Batch], m: int, second: bool, seconds: float
+) -> Found:
+    found = []
+    for tile in search.tiles(m, second, len(batches[0].rows) == 1):
+        calls = [search.call(b, with_tile(m, len(b.rows), tile), second) for b in batches]
+        found.append(Found(tile, timed(calls, seconds)))
+    best = min(found, key=lambda one: one.us)
+    near = [one for one in sorted(found, key=lambda one: one.us)[:4]]
+    print("   ", second, [(astuple(one.tile), round(one.us, 1)) for one in near], flush=True)
+    if m < 64:
+        return best
+    grouped = []
+    for together in (1, 2, 4, 8, 16):
+        tile = replace(best.tile, together=together)
+        calls = [search.call(b, with_tile(m, len(b.rows), tile), second) for b in batches]
+        grouped.append(Found(tile, timed(calls, seconds)))
+    return min(grouped, key=lambda one: one.us)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="*", default=[s.name for s in SHAPES])
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--seconds", type=float, default=0.01)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    begin = time.monotonic()
+    compile_all(args.shapes, args.jobs, args.tokens)
+    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    entries: list[dict[str, object]] = []
+    for shape in SHAPES:
+        if shape.name in args.shapes:
+            for entry in search(shape, args.tokens, args.seconds):
+                entries.append(entry)
+                args.out.write_text(json.dumps(entries))
+            torch.cuda.empty_cache()
+            print(f"{shape.name} {time.monotonic() - begin:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
