@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations_with_replacement
+from math import ceil
 
 import pytest
 from hypothesis import assume, given
@@ -14,12 +15,13 @@ from expertd.weights.balance import Ranges, balance, even_ranges, imbalance, pre
 LOADS = st.lists(st.one_of(st.integers(0, 60), st.just(0), st.just(10**7)), min_size=1, max_size=40)
 
 
-@given(LOADS, st.integers(1, 9), st.integers(0, 20), st.integers(1, 45))
+@given(LOADS, st.integers(1, 9), st.integers(0, 20), st.integers(0, 3))
 def test_every_expert_is_placed_within_the_room(
-    loads: list[int], replicas: int, redundant: int, most: int
+    loads: list[int], replicas: int, redundant: int, spare: int
 ) -> None:
     experts = len(loads)
-    assume(replicas <= experts + redundant <= replicas * min(most, experts))
+    most = min(ceil((experts + redundant) / replicas) + spare, experts)
+    assume(replicas <= experts + redundant <= replicas * most)
     ranges = balance(loads, replicas, redundant, most)
     assert len(ranges) == replicas
     assert sorted({expert for held in ranges for expert in held}) == list(range(experts))
