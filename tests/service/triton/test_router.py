@@ -96,6 +96,16 @@ def test_exact_ties_go_to_the_lower_index(method: RoutingMethod, size: float) ->
 
 
 @methods
+def test_scores_of_almost_nothing(method: RoutingMethod) -> None:
+    """Each chosen score is 0 or nearly: what the family adds to the sum, or clamps it to, counts."""
+    spec = spec_of(method, 4)
+    logits = torch.full((2, 12), -80.0)
+    logits[1, 0] = 100.0
+    bias = torch.arange(12.0) if spec.bias else None
+    compare(route_for, spec, logits, bias, strict=True)
+
+
+@methods
 def test_no_rows(method: RoutingMethod) -> None:
     spec = spec_of(method, 4)
     ids, weights = route_for(spec, torch.zeros(0, 16), torch.zeros(16) if spec.bias else None)
