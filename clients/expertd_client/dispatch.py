@@ -11,13 +11,13 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from expertd_client.errors import DeadlineExceeded, ExpertdError, Overloaded, Unavailable
+from expertd_client.errors import DeadlineExceeded, ExpertdError, Overloaded
 from expertd_client.fleet.message import PoolCall, output_of, read_reply, work_by_experts
 from expertd_client.fleet.pace import Allowance, Latencies
 from expertd_client.fleet.placement import Changed, Placement, Policy, agreed_edition, none_ready
 from expertd_client.fleet.tasks import cancel, final, first_good, off, together
 from expertd_client.replicas import Fleet, Replica
-from expertd_client.sharding import Part, Piece, Rows, Work, add_up, put_together
+from expertd_client.sharding import Part, Piece, Rows, Split, Work, add_up, put_together
 
 STALL_SECONDS = 1.0
 """An answer that takes this long, and four times as long as usual, is asked for elsewhere too."""
@@ -91,6 +91,7 @@ class Delivery:
         self._place: Placement | None = None
         self._last: ExpertdError | None = None
         self._attempts = 0
+        self._reserved: dict[int, tuple[Part, Replica]] = {}
 
     async def run(self) -> Outcome:
         """The answer; raises ExpertdError's family."""
@@ -106,6 +107,8 @@ class Delivery:
             raise self._too_late() from self._last
         finally:
             self._desk.callers -= 1
+            for part, _ in list(self._reserved.values()):
+                self._release(part)
 
     async def _once(self) -> Outcome:
         key = (self._call.model, self._call.layer)
@@ -125,7 +128,7 @@ class Delivery:
         """What is there shortly before the deadline."""
         try:
             async with asyncio.timeout(self._most()):
-                split = await place.place(work, NOBODY, self._desk.callers)
+                split = await self._placed(place, work, NOBODY)
         except TimeoutError:
             return Got(missing=[work])
         tasks = {
@@ -156,7 +159,7 @@ class Delivery:
         self, place: Placement, work: Work, excluded: frozenset[str] = NOBODY
     ) -> Got:
         """Every part of some work, each until it is done."""
-        split = await place.place(work, excluded, self._desk.callers)
+        split = await self._placed(place, work, excluded)
         parts = [self._carried(place, part, excluded) for part in split.parts]
         return Got.joined(split.missing, await together(parts))
 
@@ -171,11 +174,24 @@ class Delivery:
                 self._last = error
             excluded |= {part.holder.name}
             await self._turn()
-            split = await place.place(part.work, excluded, self._desk.callers)
+            split = await self._placed(place, part.work, excluded)
             if split.missing is not None or len(split.parts) != 1:
                 parts = [self._carried(place, smaller, excluded) for smaller in split.parts]
                 return Got.joined(split.missing, await together(parts))
             (part,) = split.parts
+
+    async def _placed(self, place: Placement, work: Work, excluded: frozenset[str]) -> Split:
+        """Who is to do it; their load grows at once, so that the next call sees it."""
+        split = await place.place(work, excluded, self._desk.callers)
+        for part in split.parts:
+            replica = self._desk.fleet.replicas[part.holder.name]
+            replica.pace.rows += len(part.work.rows)
+            self._reserved[id(part)] = part, replica
+        return split
+
+    def _release(self, part: Part) -> None:
+        _, replica = self._reserved.pop(id(part))
+        replica.pace.rows -= len(part.work.rows)
 
     async def _turn(self) -> None:
         """Waits for its turn to try again: retries must not bury those who are left."""
@@ -227,12 +243,9 @@ class Delivery:
 
     async def _attempt(self, place: Placement, part: Part) -> Got:
         """One part at one replica, once; raises what came of it."""
-        replica = self._desk.fleet.replicas.get(part.holder.name)
-        if replica is None:
-            raise Unavailable(f"replica {part.holder.name} has left")
+        _, replica = self._reserved[id(part)]
         rows, begin = len(part.work.rows), self._loop.time()
         self._attempts += 1
-        replica.pace.rows += rows
         try:
             got = await self._asked(place, replica, part)
         except ExpertdError as error:
@@ -240,7 +253,7 @@ class Delivery:
                 replica.failed(error, self._loop.time())
             raise
         finally:
-            replica.pace.rows -= rows
+            self._release(part)
         self._note(replica, rows, begin)
         return got
 
