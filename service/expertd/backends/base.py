@@ -14,6 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from expertd.backends.footprint import bytes_beside, tensors_in
 from expertd.capability.row import Row
 from expertd.core import LayerSpec
 from expertd.weights.canonical import ExpertWeights
@@ -54,11 +55,36 @@ class Backend(ABC):
         self._stage = Stage.NEW
         self.replay: Callable[[Batch], bool] | None = None
         """Runs a batch as a captured graph, if there is one that fits it."""
+        self._made: frozenset[str] = frozenset()
+        self._given: tuple[ExpertWeights | None, Tensor | None] = (None, None)
+        self._sizes_warmed: tuple[int, ...] = ()
+        self._layout = ""
+        self.spilled = False
+        """Whether its layout is made only for calls that name it."""
+        self.on_use: Callable[[Backend], None] | None = None
+        """Told before each forward; may restore() what was released."""
+
+    @property
+    def layout(self) -> str:
+        """The name of an order of the weights that it holds for itself; "" for the canonical one.
+
+        Backends of a layer that have the same name share the copy.
+        """
+        return self._layout
+
+    @property
+    def canonical(self) -> ExpertWeights | None:
+        """The weights that it was prepared with."""
+        return self._given[0]
 
     @property
     def native_bytes(self) -> int:
-        """Bytes of weights in a layout of its own; 0 where it reads the canonical ones."""
-        return 0
+        """Bytes held beside the canonical weights."""
+        return bytes_beside(self.native_tensors(), self.canonical)
+
+    def native_tensors(self) -> list[Tensor]:
+        """Everything that its preparation made or refers to, but the canonical weights."""
+        return list(tensors_in([vars(self).get(name) for name in self._made]))
 
     def check(self) -> tuple[Refusal, ...]:
         """Every reason why this machine cannot run the row; empty when it can."""
@@ -70,17 +96,41 @@ class Backend(ABC):
     def prepare_weights(self, weights: ExpertWeights | None, bias: Tensor | None) -> None:
         """Takes the canonical weights (and the router's correction bias) into the native layout."""
         self._expect(Stage.CHECKED)
+        before = set(vars(self))
         self._prepare_weights(weights, bias)
+        self._given, self._made = (weights, bias), frozenset(set(vars(self)) - before)
+        self._layout = self._layout_name() if self._copies(weights) else ""
         self._stage = Stage.PREPARED
 
     def warm_up(self, tokens: Sequence[int]) -> None:
         """Compiles, tunes and allocates for these batch sizes, so that no request has to."""
         self._expect(Stage.PREPARED)
         self._warm_up(tokens)
+        self._sizes_warmed = tuple(tokens)
         self._stage = Stage.WARM
+
+    @property
+    def warm(self) -> bool:
+        """Whether it can run."""
+        return self._stage is Stage.WARM
+
+    def release(self) -> None:
+        """Lets go of all that its preparation made, until restore()."""
+        self._expect(Stage.WARM)
+        self._stage, self.replay = Stage.CHECKED, None
+        for name in self._made:
+            delattr(self, name)
+        self._made = frozenset()
+
+    def restore(self) -> None:
+        """Prepares and warms up as it was before release()."""
+        self.prepare_weights(*self._given)
+        self.warm_up(self._sizes_warmed)
 
     def forward(self, batch: Batch) -> None:
         """Computes batch.out from a batch of at least one row."""
+        if self.on_use is not None:
+            self.on_use(self)
         self._expect(Stage.WARM)
         assert batch.rows.shape[0] > 0, "empty calls are answered before any backend"
         if self.replay is None or not self.replay(batch):
@@ -90,6 +140,16 @@ class Backend(ABC):
         assert self._stage >= stage, (
             f"{self.row.backend}: {stage.name} expected, is {self._stage.name}"
         )
+
+    def _copies(self, weights: ExpertWeights | None) -> bool:
+        """Whether a copy of the matrices is held, and not only constants made of them."""
+        if weights is None:
+            return False
+        matrices = weights.w13.untyped_storage().nbytes() + weights.w2.untyped_storage().nbytes()
+        return 2 * self.native_bytes >= matrices
+
+    def _layout_name(self) -> str:
+        return f"{self.row.backend} {self.row.activation_quant}"
 
     def _check(self) -> tuple[Refusal, ...]:
         return ()

@@ -56,6 +56,9 @@ class TrtllmMoe(FlashInferBackend):
         self._entry = Entry(row, spec.activation, self._sizes.padded)
         self._topk = topk.form(self._takes_pair())
 
+    def _layout_name(self) -> str:
+        return f"{self.row.backend} {self._sizes.native_hidden}x{self._sizes.native_intermediate}"
+
     def _forward(self, batch: Batch) -> None:
         if self.row.mode is PlanMode.ROUTED:
             batch = weights_on_rows(batch, self.spec)

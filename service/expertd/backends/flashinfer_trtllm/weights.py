@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -27,17 +28,30 @@ log = logging.getLogger(__name__)
 Arguments = Mapping[str, Tensor | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Native:
-    """The arguments that stay for a layer's life; input_scale [] is the multiplier of its rows."""
+    """The arguments that stay for a layer's life; input_scale [] is the multiplier of its rows.
+
+    source: the canonical weights that they were made of.
+    """
 
     arguments: Arguments
     input_scale: Tensor | None = None
+    source: ExpertWeights | None = None
 
 
 def native(weights: ExpertWeights, spec: LayerSpec, sizes: Sizes) -> Native:
-    """The weights of a layer as its scheme's entry takes them."""
-    return _SCHEMES[spec.quant](pad(weights, spec, sizes), spec.activation)
+    """The weights of a layer as its scheme's entry takes them; both modes share the one copy."""
+    key = (id(weights), spec.activation, sizes)
+    found = _IN_USE.get(key)
+    if found is None:
+        made = _SCHEMES[spec.quant](pad(weights, spec, sizes), spec.activation)
+        # While somebody has it, nothing else can come to have the id of its source.
+        found = _IN_USE[key] = replace(made, source=weights)
+    return found
+
+
+_IN_USE: WeakValueDictionary[tuple[int, Activation, Sizes], Native] = WeakValueDictionary()
 
 
 def _bf16(weights: ExpertWeights, activation: Activation) -> Native:
