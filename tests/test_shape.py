@@ -41,7 +41,7 @@ WITHOUT_TORCH = (
     *("expertd.weights.headers", "expertd.weights.layers", "expertd.cli"),
     *(
         f"expertd.cli.{command}"
-        for command in ("bench", "call", "capabilities", "explain", "health", "plan")
+        for command in ("bench", "call", "capabilities", "counts", "explain", "health", "plan")
     ),
 )
 """What works in an install without torch, besides all of core, capability and the client."""

@@ -74,6 +74,7 @@ class App:
         self.residents = Residents()
         self.metrics = Metrics(self.residents, build_info(self._device))
         self.metrics.cells(self._count_cells)
+        self.metrics.experts(each=settings.expert_rows)
         self.engine = Engine(
             self.residents, torch_device, _options(settings), self.metrics, self._lose
         )

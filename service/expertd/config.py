@@ -145,6 +145,7 @@ SETTINGS: tuple[Setting, ...] = (
         "batch_delay_us", number(0, 1e6), 0, "let a batch form so long at most", "MICROSECONDS"
     ),
     Setting("batch_invariant", parse_flag, False, "never merge calls: results never depend on it"),
+    Setting("expert_rows", parse_flag, False, "show each expert's rows in /metrics"),
     Setting("max_queued_tokens", number(1, 1 << 30), 65536, "most rows that wait", "ROWS"),
     Setting("max_queued_bytes", number(1 << 10, 1 << 40), 1 << 30, "most bytes that wait", "BYTES"),
     Setting("max_concurrent_calls", number(1, 4096), 64, "most calls at once", "CALLS"),
@@ -199,6 +200,7 @@ class Settings:
     max_header_bytes: int
     header_seconds: float
     ingress_bytes: int
+    expert_rows: bool
     threads: int
 
 

@@ -17,9 +17,15 @@ from prometheus_client import (
     Info,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import generate_latest
 
+from expertd.engine.expert_rows import balance
 from expertd.engine.observer import BatchReport
 from expertd.engine.resident import LayerState, Resident, Residents
 
@@ -145,6 +151,10 @@ class Metrics:
         """Shows how many capability cells are in each state."""
         self.registry.register(_CellCollector(count))
 
+    def experts(self, each: bool) -> None:
+        """Shows how even the load of each layer's experts is; with each, every one's rows too."""
+        self.registry.register(_ExpertCollector(self._residents, each))
+
     def render(self) -> bytes:
         """The text exposition; not for an event loop's thread."""
         self._settle()
@@ -220,6 +230,38 @@ class _LayerCollector:
         for labels, nbytes in held.items():
             weights.add_metric(labels, nbytes)
         yield from (state, weights, queued)
+
+
+class _ExpertCollector:
+    """The load of experts, read off the layers at scrape time."""
+
+    def __init__(self, residents: Residents, each: bool) -> None:
+        self._residents = residents
+        self._each = each
+
+    def collect(self) -> Iterator[Metric]:
+        even = GaugeMetricFamily(
+            "expertd_expert_balance_ratio",
+            "Mean over most of the rows that a layer's experts were given; 1 is even.",
+            labels=("model", "layer"),
+        )
+        rows = CounterMetricFamily(
+            "expertd_expert_rows",
+            "Rows that an expert was given since its layer was loaded.",
+            labels=("model", "layer", "expert"),
+        )
+        for resident in self._residents.all():
+            spec, names = resident.spec, (resident.model, str(resident.layer))
+            if not spec.num_experts:
+                continue
+            held = range(spec.expert_begin, spec.expert_end)
+            counts = resident.expert_rows.counts(spec, resident.bias)[held.start : held.stop]
+            even.add_metric(names, balance(counts))
+            for expert, given in zip(held, counts, strict=True) if self._each else ():
+                rows.add_metric((*names, str(expert)), given)
+        yield even
+        if self._each:
+            yield rows
 
 
 class _CellCollector:

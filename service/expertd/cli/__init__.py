@@ -36,6 +36,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("prebuild", "expertd.cli.prebuild", "build and fetch ahead what FlashInfer needs"),
     Command("tune", "expertd.cli.tune", "measure the plans of a checkpoint's layers anew"),
     Command("inspect", "expertd.cli.inspect", "what a checkpoint is, weighs, and where it fits"),
+    Command("counts", "expertd.cli.counts", "how many rows each expert of a server was given"),
     Command("plan", "expertd.cli.plan", "ranges of experts for replicas, from measured load"),
     Command("quantize", "expertd.cli.quantize", "quantise the experts of a plain checkpoint"),
     Command("demo-model", "expertd.cli.demo_model", "write a small made-up checkpoint"),

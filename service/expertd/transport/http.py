@@ -31,6 +31,8 @@ Question = Callable[[], Message]
 
 MAX_QUESTION_BYTES = 1 << 20
 QUESTION_SECONDS = 10.0
+WIDE_INTEGERS = ("shape", "expert_rows")
+"""Lists of 64-bit integers, which protobuf's JSON writes as strings."""
 
 
 def build_http(desk: Desk, ingress: Ingress, capabilities: Question) -> FastAPI:
@@ -57,7 +59,7 @@ def _add_questions(app: FastAPI, desk: Desk, capabilities: Question) -> None:
 
     @app.get("/v1/layers/{model}/{layer}")
     def get_layer(model: str, layer: int) -> dict[str, Any]:
-        return to_json(messages.layer_info(residents.get(model, layer)))
+        return to_json(messages.counted_layer(residents.get(model, layer)))
 
     @app.get("/v1/capabilities")
     def get_capabilities() -> dict[str, Any]:
@@ -113,13 +115,13 @@ def to_json(message: Message) -> dict[str, Any]:
 
 
 def _with_numbers(value: Any) -> Any:
-    """Sizes as numbers: protobuf's JSON writes 64-bit integers as strings."""
+    """Numbers as numbers, in the lists that are WIDE_INTEGERS."""
     if isinstance(value, list):
         return [_with_numbers(item) for item in value]
     if not isinstance(value, dict):
         return value
     return {
-        key: [int(size) for size in item] if key == "shape" else _with_numbers(item)
+        key: [int(size) for size in item] if key in WIDE_INTEGERS else _with_numbers(item)
         for key, item in value.items()
     }
 

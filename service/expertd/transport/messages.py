@@ -17,6 +17,13 @@ def list_layers(residents: Residents, model: str) -> pb.ListLayersReply:
     return pb.ListLayersReply(layers=[layer_info(resident) for resident in found])
 
 
+def counted_layer(resident: Resident) -> pb.LayerInfo:
+    """A layer with the rows of its experts."""
+    info = layer_info(resident)
+    info.expert_rows.extend(resident.expert_rows.counts(resident.spec, resident.bias))
+    return info
+
+
 def layer_info(resident: Resident) -> pb.LayerInfo:
     """What a client may want to know of a layer."""
     spec = resident.spec

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.service.engine.parts import resident, running
+from tests.service.engine.parts import echo, resident, running
 from tests.strategies import generator, layer_spec, random_topk, wire_call
 
 from expertd.backends.base import Batch
 from expertd.engine import expert_rows
 from expertd.engine.expert_rows import ExpertRows, balance
+from expertd.engine.resident import Residents
+from expertd.metrics import Metrics
 from expertd.routing.reference import route_for
 
 SPEC = layer_spec()
@@ -72,6 +74,27 @@ def test_layers_without_experts_count_nothing() -> None:
     rows = ExpertRows()
     rows.note(SPEC, Batch(torch.zeros(1, 1), torch.zeros(1, 1)), None)
     assert rows.counts(SPEC, None) == [0] * EXPERTS
+
+
+def test_metrics_show_the_balance_and_each_expert_only_if_asked() -> None:
+    random, residents = generator(94), Residents()
+    spec = layer_spec(expert_begin=1, expert_end=4)
+    residents.add(layer := resident(spec, random))
+    residents.add(echo(8))
+    ids = torch.tensor([[1, 2], [1, -1], [1, 5], [3, 1]], dtype=torch.int32)
+    layer.expert_rows.note(spec, Batch(ids, ids, ids=ids, weights=ids), None)
+    for each in (False, True):
+        metrics = Metrics(residents, {})
+        metrics.experts(each)
+        shown = metrics.render().decode()
+        assert 'expertd_expert_balance_ratio{layer="0",model="m"} 0.5' in shown
+        assert 'model="echo"' not in shown.split("expertd_expert_balance_ratio", 1)[1]
+        series = [line for line in shown.splitlines() if line.startswith("expertd_expert_rows_")]
+        told = {1: 4.0, 2: 1.0, 3: 1.0} if each else {}
+        assert series == [
+            f'expertd_expert_rows_total{{expert="{expert}",layer="0",model="m"}} {rows}'
+            for expert, rows in told.items()
+        ]
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1))

@@ -153,11 +153,9 @@ def test_beside_a_running_batch_only_one_as_large_or_full_is_launched(
     choice = choose(queue, NOW, Rules(limit), least=least)
     free = choose(queue, NOW, Rules(limit))
     total = sum(w.tokens for w in choice.batch)
-    rest = [
-        w for w in queue if w not in choice.batch and choice.batch and w.key == choice.batch[0].key
-    ]
-    full = total >= limit or (rest and total + min(rest, key=rank).tokens > limit)
     if choice.batch:
+        rest = [w for w in queue if w not in choice.batch and w.key == choice.batch[0].key]
+        full = total >= limit or (rest and total + min(rest, key=rank).tokens > limit)
         assert total >= least or full
         assert choice.batch[0].key == free.batch[0].key or sum(w.tokens for w in free.batch) < least
     else:

@@ -1,0 +1,51 @@
+"""expertd counts: how many rows each expert of a server was given, for `expertd plan`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from expertd.errors import InvalidArgument
+from expertd_client import Client, ExpertdError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="the server's gRPC address, HOST:PORT")
+    parser.add_argument("--model", default=None, help="needed if the server has several")
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="else to stdout")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        with Client(args.target) as client:
+            text = json.dumps(counts_of(client, args.model), indent=1) + "\n"
+    except ExpertdError as error:
+        print(f"expertd: {error}", file=sys.stderr)
+        return 1
+    if args.out is None:
+        sys.stdout.write(text)
+    else:
+        args.out.write_text(text)
+    return 0
+
+
+def counts_of(client: Client, model: str | None) -> dict[str, Any]:
+    """{"model", "layers": {number: [rows of each expert]}}; raises InvalidArgument."""
+    found = [info for info in client.layers(model) if info.num_experts]
+    models = sorted({info.model for info in found})
+    if len(models) != 1:
+        raise InvalidArgument(
+            f"--model: one of {', '.join(models)} is accepted"
+            if models
+            else f"no layer with experts of {model or 'any model'} is served"
+        )
+    return {
+        "model": models[0],
+        "layers": {
+            str(info.layer): list(client.layer(info.model, info.layer).expert_rows)
+            for info in found
+        },
+    }
