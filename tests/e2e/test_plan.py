@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from tests.e2e.servers import expertd, serving
 
 from expertd.cli import main
+from expertd_client import Client
 
 SKEWED = {"model": "m", "layers": {"3": [90, 1, 1, 1, 1, 1, 1, 4], "10": [10] * 8}}
 
@@ -47,6 +50,20 @@ def test_a_redundant_expert_evens_it_out(counts: Path, capsys: pytest.CaptureFix
     assert "--experts 0-7" in shown and "max/mean 1.000" in shown and "0 (+1)" in shown
 
 
+def test_the_counts_of_several_replicas_are_added_up(
+    counts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = counts.with_name("more.json")
+    more.write_text(json.dumps({"layers": {"10": [0] * 7 + [40]}}))
+    alone = planned(capsys, counts, "--replicas", "2")
+    both = planned(capsys, counts, str(more), "--replicas", "2")
+    assert sum(r["rows"] for r in both["replicas"]) == 180 + 40
+    assert [r["rows"] for r in both["replicas"]] == [111, 109] != alone["replicas"]
+    more.write_text(json.dumps({"layers": {"10": [1]}}))
+    assert main(["plan", "--counts", str(counts), str(more), "--replicas", "2"]) == 2
+    assert "layers with [1, 8] experts" in capsys.readouterr().err
+
+
 AMISS = {
     "absent": None,
     "no JSON": "{",
@@ -77,6 +94,21 @@ def test_counts_that_cannot_be_read(
 def test_more_replicas_than_experts(counts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--counts", str(counts), "--replicas", "9"]) == 2
     assert "8 experts and 0 redundant" in capsys.readouterr().err
+
+
+def test_it_reads_what_counts_writes(home: Path, counts: Path) -> None:
+    with serving(home, "--demo") as server:
+        with Client(server.grpc) as client:
+            rows, ids = np.ones((5, 256), np.float32), np.tile([3, 9], (5, 1))
+            for _ in range(2):
+                client.forward("demo", 1, rows, topk_ids=ids, topk_weights=np.ones((5, 2), "f4"))
+        assert expertd(home, "counts", server.grpc, "--out", str(counts)).returncode == 0
+    made = expertd(home, "plan", "--counts", str(counts), "--replicas", "2", "--json")
+    answer = json.loads(made.stdout)
+    assert [r["rows"] for r in answer["replicas"]] == [10, 10] and set(answer["layers"]) == {
+        "0",
+        "1",
+    }
 
 
 def test_it_needs_no_torch(counts: Path) -> None:

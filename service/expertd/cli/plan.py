@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ Counts = dict[str, list[int]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--counts", type=Path, required=True, metavar="FILE", help="what `expertd counts` wrote"
+        "--counts",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="what `expertd counts` wrote of each replica; they are added up",
     )
     parser.add_argument("--replicas", type=int, required=True, metavar="N")
     parser.add_argument(
@@ -34,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    counts = read_counts(args.counts)
+    counts = add_up([read_counts(path) for path in args.counts])
     answer = propose(counts, args.replicas, args.redundant, args.most)
     if args.json:
         print(json.dumps(answer, indent=1))
@@ -55,12 +61,6 @@ def read_counts(path: Path) -> Counts:
             f'--counts {path}: {{"layers": {{"0": [rows of each expert, ...]}}}} is accepted, '
             f"`expertd counts` writes it; {type(error).__name__}: {error}"
         ) from None
-    sizes = {len(row) for row in counts.values()}
-    if len(sizes) != 1:
-        raise InvalidArgument(
-            f"--counts {path}: layers with {sorted(sizes) or 'no'} experts; "
-            "one range is held of every layer, so all must have equally many"
-        )
     return counts
 
 
@@ -68,6 +68,21 @@ def _count(rows: Any) -> int:
     if type(rows) is not int or rows < 0:
         raise ValueError(f"{rows!r:.40} is no number of rows")
     return rows
+
+
+def add_up(files: Sequence[Counts]) -> Counts:
+    """The counts of several replicas as one; raises InvalidArgument unless layers are alike."""
+    layers: dict[str, list[list[int]]] = {}
+    for counts in files:
+        for layer, rows in counts.items():
+            layers.setdefault(layer, []).append(rows)
+    sizes = {len(rows) for several in layers.values() for rows in several}
+    if len(sizes) != 1:
+        raise InvalidArgument(
+            f"--counts: layers with {sorted(sizes) or 'no'} experts; one range is held of every "
+            "layer, so all must have equally many"
+        )
+    return {layer: [sum(e) for e in zip(*rows, strict=True)] for layer, rows in layers.items()}
 
 
 def propose(counts: Counts, replicas: int, redundant: int, most: int | None) -> Answer:

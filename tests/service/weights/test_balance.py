@@ -93,6 +93,10 @@ def test_predicted_is_what_a_hand_finds() -> None:
     assert imbalance([4, 10, 1]) == 2.0 and imbalance([0, 0]) == 1.0
 
 
+def test_what_is_left_of_redundancy_goes_to_the_hottest_per_copy() -> None:
+    assert balance([6, 7, 7], 3, 4) == [range(2), range(3), range(1, 3)]
+
+
 @pytest.mark.parametrize(
     ("replicas", "redundant", "most"),
     [(0, 0, None), (1, -1, None), (5, 0, None), (2, 5, None), (2, 0, 1), (2, 1, 2), (1, 0, 0)],
