@@ -105,6 +105,17 @@ def test_scores_of_almost_nothing(method: RoutingMethod) -> None:
     compare(route_for, spec, logits, bias, strict=True)
 
 
+def test_square_roots_of_denormal_numbers_keep_their_digits(seed: int) -> None:
+    """torch's own has a few bits left there, so the truth is taken in double precision."""
+    random = torch.Generator().manual_seed(seed)
+    spec = spec_of(RoutingMethod.DEEPSEEK_V4, 4, bias=False, eps=0.0)
+    logits = -80 - 20 * torch.rand(3, 12, generator=random)
+    ids, weights = route_for(spec, logits)
+    score = logits.double().exp().log1p().sqrt().gather(1, ids.long())
+    expected = 2.5 * score / score.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-5, atol=0)
+
+
 @methods
 def test_no_rows(method: RoutingMethod) -> None:
     spec = spec_of(method, 4)
