@@ -97,9 +97,9 @@ def test_rows_that_fill_a_bucket_up_want_nothing() -> None:
     backend = warm(type("Looks", (Scripted,), {"script": staticmethod(look)})(row, SPEC, CPU))
     graphs(Recorder()).attach([backend])
     seen.clear()
-    for tokens in (8, 5, 7):
+    for tokens in (6, 8, 5, 7):
         backend.forward(batch_of(tokens, tokens))
-    for batch, tokens in zip(seen, (8, 5, 7), strict=True):
+    for batch, tokens in zip(seen, (6, 8, 5, 7), strict=True):
         assert batch.ids is not None and batch.weights is not None
         assert len(batch.rows) == 8
         assert (batch.ids[tokens:] == -1).all() and (batch.ids[:tokens] >= 0).all()
@@ -143,6 +143,28 @@ def test_a_kernel_that_cannot_be_captured_still_runs(caplog: pytest.LogCaptureFi
     batch = batch_of(2, 4)
     backend.forward(batch)
     assert batch.out.isfinite().all()
+
+
+def test_what_is_captured_reads_shared_buffers_and_a_warm_run_its_own() -> None:
+    addresses: dict[str, set[int]] = {"warm": set(), "captured": set()}
+
+    def look(batch: Batch) -> None:
+        addresses[stage].add(batch.rows.data_ptr())
+
+    def capture(warm: Run, run: Run) -> Run:
+        nonlocal stage
+        stage = "warm"
+        warm()
+        stage = "captured"
+        run()
+        return run
+
+    stage = "warm"
+    kind = type("Looks", (Scripted,), {"script": staticmethod(look)})
+    layers = [warm(kind(GROUPED[0], SPEC, CPU)) for _ in range(3)]
+    Graphs(BUCKETS, lambda: capture).attach(layers)
+    assert len(addresses["captured"]) == len(BUCKETS), "one for each bucket, whatever the layer"
+    assert not addresses["captured"] & addresses["warm"]
 
 
 def test_layers_share_their_buffers() -> None:
