@@ -18,8 +18,10 @@ from transformers.integrations.finegrained_fp8 import (
     FP8ExpertsInterface,
 )
 from transformers.integrations.moe import ExpertsInterface, use_experts_implementation
+from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25Config
+from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25ForConditionalGeneration
 
-from expertd.weights.tiny import TINY, Sizes
+from expertd.weights.tiny import TINY, Sizes, Tiny
 from expertd_client import Client, InvalidArgument, NotFound
 from expertd_client.integrations.transformers import NAME, Remote, register
 from expertd_client.torch import to_wire
@@ -77,10 +79,13 @@ def numbered_experts(model: Any) -> Iterator[tuple[int, Any]]:
             yield int(name.split("layers.")[1].split(".")[0]), module
 
 
-def tiny(family: str) -> Any:
+def row(family: str) -> Tiny:
     (found,) = (tiny for tiny in TINY if tiny.model_type == family)
-    settings = found.settings | RUNNABLE.get(family, {})
-    return replace(found, settings=settings).build(SIZES, seed=11).eval()
+    return replace(found, settings=found.settings | RUNNABLE.get(family, {}))
+
+
+def tiny(family: str) -> Any:
+    return row(family).build(SIZES, seed=11).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +138,24 @@ def test_the_setting_alone_finds_the_model() -> None:
     assert [call.layer for call in servers.calls] == [
         number for number, _ in numbered_experts(model)
     ]
+
+
+def test_a_model_inside_another_obeys_though_the_outer_class_says_it_does_not() -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = Kimi_K25Config(
+        text_config=row("deepseek_v3").config(SIZES).to_dict(),
+        vision_config=vision | {"num_attention_heads": 2},
+    )
+    model = Kimi_K25ForConditionalGeneration(config).eval()
+    assert not model._can_set_experts_implementation()
+    model.set_experts_implementation("eager")
+    here = logits(model)
+    servers = Servers(far=copy.deepcopy(model))
+    remote = registered(servers)
+    remote.attach(model)
+    remote.release(model)
+    assert torch.equal(logits(model), here)
+    assert [call.layer for call in servers.calls] == [1, 2]
 
 
 def test_two_models_are_told_apart() -> None:
