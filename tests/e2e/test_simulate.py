@@ -42,6 +42,8 @@ def test_every_format_is_served_through_the_twin(home: Path, tmp_path: Path) -> 
     )
     flags = ("--simulate", "sm100", "--testing", "--layers", "0")
     with serving(home, *flags, *models) as server, Client(server.grpc) as client:
+        states = {plan.state for layer in client.layers() for plan in layer.plans}
+        assert states and "proven" not in states, "a twin proves nothing about a card"
         for quant, activation in FORMATS.items():
             modes = set()
             for routing in forms:

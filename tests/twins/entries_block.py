@@ -67,10 +67,10 @@ def _deepseek(args: Arguments) -> tuple[Sizes, Experts]:
 def _deepseek_weights(args: Arguments, name: str, local: int, rows: int, columns: int) -> Matrix:
     if args.weight_layout == WeightLayout.MajorK:
         whole = args.tensor(name, E4M3, [local, rows, columns])
-        return lambda expert: whole[expert].float()
+        return lambda expert: formats.e4m3_values(whole[expert])
     shape = [local, columns // BYTES_PER_BLOCK, rows, BYTES_PER_BLOCK]
     blocks = args.tensor(name, E4M3, shape)
-    return lambda expert: unblocked(blocks[expert].float())
+    return lambda expert: unblocked(formats.e4m3_values(blocks[expert]))
 
 
 def _tiles(weights: Tensor, scales: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def _mxfp8(args: Arguments) -> tuple[Sizes, Experts]:
     scale2 = args.flat("gemm2_weights_scale", BYTE, shape)
     order = orders(size)
     one = ones(size, rows.device)
-    decode = _Decoder(torch.Tensor.float, formats.e8m0_values)
+    decode = _Decoder(formats.e4m3_values, formats.e8m0_values)
     experts = Experts(
         rows=formats.scaled(rows.float(), formats.e8m0_values(scale)),
         fc1=decode.matrix(gemm1, scale1, order.fc1),
@@ -137,7 +137,7 @@ class _Fp4:
 
 
 _FP4: dict[str, _Fp4] = {
-    "nvfp4": _Fp4(16, 16, torch.Tensor.float, formats.through_nvfp4, scalars=True),
+    "nvfp4": _Fp4(16, 16, formats.e4m3_values, formats.through_nvfp4, scalars=True),
     "mxfp8_mxfp4": _Fp4(32, 32, formats.e8m0_values, formats.through_mxfp8, scalars=False),
     "bf16_mxfp4": _Fp4(0, 32, formats.e8m0_values, formats.bf16, scalars=False),
     "e4m3_mxfp4": _Fp4(0, 32, formats.e8m0_values, formats.e4m3, scalars=True),

@@ -118,7 +118,7 @@ def _e4m3_weights(args: Arguments, size: Sizes) -> tuple[Matrix, Matrix]:
 
 
 def _by_expert(weights: Tensor, order: Tensor) -> Matrix:
-    return lambda expert: canonical_rows(weights[expert].float(), order)
+    return lambda expert: canonical_rows(formats.e4m3_values(weights[expert]), order)
 
 
 def _check_step_limit(args: Arguments, size: Sizes) -> None:

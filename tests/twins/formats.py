@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -40,8 +42,26 @@ def nibbles(packed: Tensor) -> Tensor:
 
 def fp4_values(packed: Tensor) -> Tensor:
     """[..., K / 2] bytes of e2m1 pairs as [..., K] fp32."""
-    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)], device=packed.device)
-    return table[nibbles(packed)]
+    found = _e2m1_pairs().to(packed.device).index_select(0, packed.flatten().int())
+    return torch.view_as_real(found).reshape(*packed.shape[:-1], -1)
+
+
+@cache
+def _e2m1_pairs() -> Tensor:
+    """[256]: what the two codes of each byte mean, the low nibble first, as one complex number."""
+    table = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
+    return torch.view_as_complex(table[nibbles(torch.arange(256, dtype=torch.uint8))].view(256, 2))
+
+
+def e4m3_values(stored: Tensor) -> Tensor:
+    """Stored e4m3 as fp32; torch converts them one by one, slowly, on a CPU."""
+    codes = stored.contiguous().view(torch.uint8).flatten().int()
+    return _e4m3_codes().to(stored.device).index_select(0, codes).view(stored.shape)
+
+
+@cache
+def _e4m3_codes() -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def int4_values(packed: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -41,9 +43,13 @@ def unblocked(blocks: Tensor) -> Tensor:
 
 def unswizzled(scales: Tensor) -> Tensor:
     """[R, C] from its 128x4 swizzle; R a multiple of 128 and C of 4, so nothing is padded."""
-    rows, columns = scales.shape
+    return scales.reshape(-1)[_offsets(*scales.shape).to(scales.device)]
+
+
+@cache
+def _offsets(rows: int, columns: int) -> Tensor:
+    """[R, C]: where the scale of each row and column stands."""
     r = torch.arange(rows).unsqueeze(1)
     c = torch.arange(columns).unsqueeze(0)
     tile = (r // 128) * (columns // 4) + c // 4
-    offset = tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4
-    return scales.reshape(-1)[offset.to(scales.device)]
+    return tile * 512 + (r % 32) * 16 + (r % 128) // 32 * 4 + c % 4

@@ -49,8 +49,8 @@ def tuned(
 
 def test_one_file_for_a_version_and_a_card(tuned: Tuned, home: Home) -> None:
     home.built("trtllm_utils")
-    with tuning.tuner((1,), CPU):
-        assert tuned.inside
+    with tuning.tuner((1,), CPU) as tunes:
+        assert tunes and tuned.inside
     (told,) = tuned.told
     path = Path(told["cache"])
     assert path.parent.is_dir() and path.parent.name == "autotune"

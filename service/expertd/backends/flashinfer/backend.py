@@ -39,8 +39,9 @@ class FlashInferBackend(Backend):
 
     def _warm_up(self, tokens: Sequence[int]) -> None:
         sizes = sorted(set(tokens))
-        with tuning.tuner(sizes, self.device):
-            self._probe(sizes[-1])
+        with tuning.tuner(sizes, self.device) as tuned:
+            if tuned:
+                self._probe(sizes[-1])
         # Each size may have kernels of its own, compiled or loaded at its first call.
         for count in sizes:
             self._probe(count)

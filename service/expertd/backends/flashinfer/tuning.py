@@ -28,15 +28,18 @@ PROBE_TOP_K = 8
 
 
 @contextmanager
-def tuner(tokens: Sequence[int], device: torch.device) -> Iterator[None]:
-    """Calls inside are tuned for batches up to the largest of tokens; the next start knows them."""
+def tuner(tokens: Sequence[int], device: torch.device) -> Iterator[bool]:
+    """Calls inside are tuned for batches up to the largest of tokens; the next start knows them.
+
+    Yields whether they are.
+    """
     if not _can_tune():
-        yield
+        yield False
         return
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone, library().autotune(True, cache=str(path), tuning_buckets=buckets(tokens)):
-        yield
+        yield True
 
 
 def buckets(tokens: Sequence[int]) -> tuple[int, ...]:
