@@ -108,10 +108,10 @@ class Tuner:
         """Drops the backends whose own layout of the weights does not pay."""
         backends = resident.backends
         layouts = {
-            cell: layout_of(backends[cell]) for cell in resident.timings.plans if cell in backends
+            cell: backends[cell].layout for cell in resident.timings.plans if cell in backends
         }
         kept = ("", kept_layout(resident.timings, layouts, SECOND_LAYOUT_GAIN))
-        dropped = {cell: b.row for cell, b in backends.items() if layout_of(b) not in kept}
+        dropped = {cell: b.row for cell, b in backends.items() if b.layout not in kept}
         self._left_out.setdefault(shape_of(resident.spec), {}).update(dropped)
         resident.absent |= {cell: (not_kept(row),) for cell, row in dropped.items()}
         resident.backends = {c: b for c, b in backends.items() if c not in dropped}
@@ -123,12 +123,6 @@ def rivals(resident: Resident) -> dict[Cell, Backend]:
         return {}
     cells = (plan.row.cell(resident.spec.quant) for plan in likely_plans(resident))
     return {cell: resident.backends[cell] for cell in cells if cell in resident.backends}
-
-
-def layout_of(backend: Backend) -> str:
-    """The layout of a backend's weights; "" for the canonical one, which others read too."""
-    row = backend.row
-    return f"{row.entry} {row.activation_quant}" if backend.native_bytes else ""
 
 
 def not_kept(row: Row) -> Refusal:

@@ -75,7 +75,7 @@ class Plans:
         row = replace(GROUPED[0], backend=name, entry=name, **changes)
         names: dict[str, Any] = {
             "script": staticmethod(self.watch.takes(cost, ran)),
-            "native_bytes": native,
+            "layout": name if native else "",
         }
         backend = warm(type("Paced", (Scripted,), names)(row, SPEC, CPU))
         cell = row.cell(SPEC.quant)
