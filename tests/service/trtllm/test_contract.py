@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,82 +26,126 @@ CASES = [
 ]
 
 
-def contract(row: Row, m: int) -> dict[str, tuple[Any, tuple[int, ...]] | None]:
-    """Section 2.5 of the reference as a table: (dtype, shape), or None for "must be None"."""
-    block = {"gemm1_weights_scale", "gemm2_weights_scale"}
-    table: dict[str, dict[str, tuple[Any, tuple[int, ...]] | None]] = {
-        "bf16/bf16": {
-            "hidden_states": (BF16, (T, H)),
-            "gemm1_weights": (BF16, (L, H // 64, m, 64)),
-            "gemm2_weights": (BF16, (L, N // 64, H, 64)),
-        },
-        "fp8_tensor/fp8_tensor": {
-            "hidden_states": (E4M3, (T, H)),
-            "gemm1_weights": (E4M3, (L, m, H)),
-            "gemm2_weights": (E4M3, (L, H, N)),
-            "output1_scales_scalar": (F32, (L,)),
-            "output1_scales_gate_scalar": (F32, (L,)),
-            "output2_scales_scalar": (F32, (L,)),
-        },
-        "fp8_channel/fp8_token": {
-            "hidden_states": (E4M3, (T, H)),
-            "hidden_states_scale": (F32, (T, 1)),
-            "gemm1_weights": (E4M3, (L, m, H)),
-            "gemm2_weights": (E4M3, (L, H, N)),
-            "gemm1_per_channel_weight_scale": (F32, (L, m)),
-            "gemm2_per_channel_weight_scale": (F32, (L, H)),
-            "output1_scale_scalar": (F32, (L,)),
-            "output1_scale_gate_scalar": (F32, (L,)),
-            "output2_scale_scalar": (F32, (L,)),
-        },
-        "fp8_block128/fp8_group128": {
-            "hidden_states": (E4M3, (T, H)),
-            "hidden_states_scale": (F32, (H // 128, T)),
-            "gemm1_weights": (E4M3, (L, m, H)),
-            "gemm2_weights": (E4M3, (L, H, N)),
-            "gemm1_weights_scale": (F32, (L, m // 128, H // 128)),
-            "gemm2_weights_scale": (F32, (L, H // 128, N // 128)),
-        },
-        "mxfp8/mxfp8": {
-            "hidden_states": (E4M3, (T, H)),
-            "hidden_states_scale": (U8, (T, H // 32)),
-            "gemm1_weights": (E4M3, (L, m, H)),
-            "gemm2_weights": (E4M3, (L, H, N)),
-            "gemm1_weights_scale": (U8, (L, m, H // 32)),
-            "gemm2_weights_scale": (U8, (L, H, N // 32)),
-        },
-        "nvfp4/nvfp4": {
-            "hidden_states": (U8, (T, H // 2)),
-            "hidden_states_scale": (E4M3, (T, H // 16)),
-            "gemm1_weights": (U8, (L, m, H // 2)),
-            "gemm2_weights": (U8, (L, H, N // 2)),
-            "gemm1_weights_scale": (E4M3, (L, m, H // 16)),
-            "gemm2_weights_scale": (E4M3, (L, H, N // 16)),
-            "output1_scale_scalar": (F32, (L,)),
-            "output1_scale_gate_scalar": (F32, (L,)),
-            "output2_scale_scalar": (F32, (L,)),
-        },
-        "mxint4/bf16": {
-            "hidden_states": (BF16, (T, H)),
-            "gemm1_weights": (U8, (L, H // 256, m, 128)),
-            "gemm2_weights": (U8, (L, N // 256, H, 128)),
-            "gemm1_weights_scale": (BF16, (L, m, H // 32)),
-            "gemm2_weights_scale": (BF16, (L, H, N // 32)),
-        },
+Expected = tuple[Any, tuple[int, ...]] | None
+"""A tensor's dtype and shape, or None for an argument that must be None."""
+
+Shapes = dict[str, Expected]
+
+
+def contract(row: Row, m: int) -> Shapes:
+    """Section 2.5 of the reference: what a row's entry is handed, m being the rows of gemm1."""
+    return CONTRACTS[f"{row.quants[0]}/{row.activation_quant}"](m)
+
+
+def major_k(m: int, dtype: torch.dtype, packed: int = 1) -> Shapes:
+    """Weights [L, rows, columns], packed values to an element."""
+    return {
+        "gemm1_weights": (dtype, (L, m, H // packed)),
+        "gemm2_weights": (dtype, (L, H, N // packed)),
     }
-    mxfp4 = {
-        "gemm1_weights": (U8, (L, m, H // 2)),
-        "gemm2_weights": (U8, (L, H, N // 2)),
-        **{
-            name: (E4M3, (L, rows, columns // 32))
-            for name, rows, columns in zip(sorted(block), (m, H), (H, N), strict=True)
-        },
+
+
+def block_scales(m: int, dtype: torch.dtype, rows: int, columns: int) -> Shapes:
+    """One scale for so many rows and columns."""
+    return {
+        "gemm1_weights_scale": (dtype, (L, m // rows, H // columns)),
+        "gemm2_weights_scale": (dtype, (L, H // rows, N // columns)),
     }
-    rows = {"hidden_states": (BF16, (T, H)), "hidden_states_scale": None}
-    table["mxfp4/bf16"] = {**mxfp4, **rows}
-    rows = {"hidden_states": (E4M3, (T, H)), "hidden_states_scale": (E4M3, (T, H // 32))}
-    table["mxfp4/mxfp8"] = {**mxfp4, **rows}
-    return table[f"{row.quants[0]}/{row.activation_quant}"]
+
+
+def scalars(*names: str) -> Shapes:
+    return {name: (F32, (L,)) for name in names}
+
+
+SCALARS = scalars("output1_scale_scalar", "output1_scale_gate_scalar", "output2_scale_scalar")
+
+
+def bf16(m: int) -> Shapes:
+    return {
+        "hidden_states": (BF16, (T, H)),
+        "gemm1_weights": (BF16, (L, H // 64, m, 64)),
+        "gemm2_weights": (BF16, (L, N // 64, H, 64)),
+    }
+
+
+def per_tensor(m: int) -> Shapes:
+    names = ("output1_scales_scalar", "output1_scales_gate_scalar", "output2_scales_scalar")
+    return {"hidden_states": (E4M3, (T, H)), **major_k(m, E4M3), **scalars(*names)}
+
+
+def per_channel(m: int) -> Shapes:
+    return {
+        "hidden_states": (E4M3, (T, H)),
+        "hidden_states_scale": (F32, (T, 1)),
+        **major_k(m, E4M3),
+        "gemm1_per_channel_weight_scale": (F32, (L, m)),
+        "gemm2_per_channel_weight_scale": (F32, (L, H)),
+        **SCALARS,
+    }
+
+
+def deepseek(m: int) -> Shapes:
+    return {
+        "hidden_states": (E4M3, (T, H)),
+        "hidden_states_scale": (F32, (H // 128, T)),
+        **major_k(m, E4M3),
+        **block_scales(m, F32, 128, 128),
+    }
+
+
+def mxfp8(m: int) -> Shapes:
+    return {
+        "hidden_states": (E4M3, (T, H)),
+        "hidden_states_scale": (U8, (T, H // 32)),
+        **major_k(m, E4M3),
+        **block_scales(m, U8, 1, 32),
+    }
+
+
+def nvfp4(m: int) -> Shapes:
+    return {
+        "hidden_states": (U8, (T, H // 2)),
+        "hidden_states_scale": (E4M3, (T, H // 16)),
+        **major_k(m, U8, packed=2),
+        **block_scales(m, E4M3, 1, 16),
+        **SCALARS,
+    }
+
+
+def mxfp4(m: int) -> Shapes:
+    return {**major_k(m, U8, packed=2), **block_scales(m, E4M3, 1, 32)}
+
+
+def mxfp4_bf16(m: int) -> Shapes:
+    return {"hidden_states": (BF16, (T, H)), "hidden_states_scale": None, **mxfp4(m)}
+
+
+def mxfp4_mxfp8(m: int) -> Shapes:
+    rows: Shapes = {"hidden_states": (E4M3, (T, H)), "hidden_states_scale": (E4M3, (T, H // 32))}
+    return {**rows, **mxfp4(m)}
+
+
+def mxint4(m: int) -> Shapes:
+    return {
+        "hidden_states": (BF16, (T, H)),
+        "gemm1_weights": (U8, (L, H // 256, m, 128)),
+        "gemm2_weights": (U8, (L, N // 256, H, 128)),
+        **block_scales(m, BF16, 1, 32),
+    }
+
+
+CONTRACTS: dict[str, Callable[[int], Shapes]] = {
+    "bf16/bf16": bf16,
+    "fp8_tensor/fp8_tensor": per_tensor,
+    "fp8_channel/fp8_token": per_channel,
+    "fp8_block128/fp8_group128": deepseek,
+    "mxfp8/mxfp8": mxfp8,
+    "nvfp4/nvfp4": nvfp4,
+    "mxfp4/bf16": mxfp4_bf16,
+    "mxfp4/mxfp8": mxfp4_mxfp8,
+    "mxint4/bf16": mxint4,
+}
+"""By weights/rows."""
 
 
 @pytest.mark.parametrize(("row", "kind"), CASES)
@@ -122,7 +167,7 @@ def test_a_call_binds_and_keeps_the_contract(
     assert bool((batch.out == ANSWER).all())
 
 
-def check_tensor(name: str, given: Any, expected: tuple[Any, tuple[int, ...]] | None) -> None:
+def check_tensor(name: str, given: Any, expected: Expected) -> None:
     if expected is None:
         assert given is None, name
         return
@@ -146,23 +191,45 @@ def check_common(row: Row, spec: LayerSpec, given: dict[str, Any]) -> None:
     }
     for name, value in expected.items():
         assert given[name] == value, name
-    codes = {"swiglu": 3, "swiglu_oai": 3, "swiglu_step": 7, "geglu": 4, "situ": 10, "relu2": 6}
-    if "activation_type" in given:
-        assert given["activation_type"] == codes[spec.activation.kind]
-    else:
-        assert "mxint4" in row.entry
-    layouts = {"trtllm_bf16": (True, 2), "trtllm_fp8_block": (row.quants[0] == "mxfp8", 0)}
-    for prefix, layout in layouts.items():
-        if row.entry.startswith(prefix):
-            assert (given["use_shuffled_weight"], given["weight_layout"]) == layout
-    if row.entry.startswith("trtllm_fp8_block"):
-        assert given["fp8_quantization_type"] == (2 if row.quants[0] == "mxfp8" else 1)
-    if row.entry.startswith("trtllm_fp4"):
-        assert int(given["hidden_states_scale_layout"]) == 2
+    check_enums(row, spec, given)
     assert ("output" in given) == ("per_channel" not in row.entry)
     assert ("routing_logits" in given) == (row.mode is PlanMode.MONOLITHIC)
     assert ("topk_ids" in given) == (row.mode is PlanMode.ROUTED)
     assert "valid_hidden_size" not in given
+
+
+ACTIVATION_CODES = {
+    "swiglu": 3,
+    "swiglu_oai": 3,
+    "swiglu_step": 7,
+    "geglu": 4,
+    "situ": 10,
+    "relu2": 6,
+}
+LAYOUTS = {("bf16", "bf16"): (True, 2), ("fp8_block128", "fp8_group128"): (False, 0)}
+"""use_shuffled_weight and weight_layout, where they are not (True, MajorK)."""
+
+
+def check_enums(row: Row, spec: LayerSpec, given: dict[str, Any]) -> None:
+    """Integers of the installed version; arguments that an entry lacks are not passed."""
+    formats = row.quants[0], row.activation_quant
+    shuffled, layout = LAYOUTS.get((str(formats[0]), formats[1]), (True, 0))
+    quantization = {"fp8_block128": 1, "mxfp8": 2}.get(row.quants[0])
+    fp4 = row.entry.startswith("trtllm_fp4")
+    expected: dict[str, int | bool | None] = {
+        "activation_type": ACTIVATION_CODES[spec.activation.kind],
+        "use_shuffled_weight": shuffled,
+        "weight_layout": layout,
+        "fp8_quantization_type": quantization,
+        "hidden_states_scale_layout": 2 if fp4 else None,
+    }
+    for name in expected.keys() & given.keys():
+        assert given[name] == expected[name], name
+    laid_out = row.entry.startswith(("trtllm_bf16", "trtllm_fp8_block"))
+    assert ("weight_layout" in given) == ("use_shuffled_weight" in given) == laid_out
+    assert ("fp8_quantization_type" in given) == row.entry.startswith("trtllm_fp8_block")
+    assert ("hidden_states_scale_layout" in given) == fp4
+    assert ("activation_type" in given) == ("mxint4" not in row.entry)
 
 
 def check_parameters(row: Row, spec: LayerSpec, given: dict[str, Any]) -> None:
