@@ -97,7 +97,7 @@ def test_exact_ties_go_to_the_lower_index(method: RoutingMethod, size: float) ->
 
 @methods
 def test_scores_of_almost_nothing(method: RoutingMethod) -> None:
-    """Each chosen score is 0 or nearly: what the family adds to the sum, or clamps it to, counts."""
+    """Each chosen score is 0 or nearly: what is added to their sum, or clamps it, counts."""
     spec = spec_of(method, 4)
     logits = torch.full((2, 12), -80.0)
     logits[1, 0] = 100.0
