@@ -20,8 +20,9 @@ from expertd.capability.drift import drift
 from expertd.config import Settings, cache_directory
 from expertd.core.buckets import token_buckets
 from expertd.engine.engine import Engine, EngineOptions
-from expertd.engine.ledger import Budget
 from expertd.engine.graphs import graphs_for
+from expertd.engine.layouts import Layouts, spare_bytes
+from expertd.engine.ledger import Budget
 from expertd.engine.loader import Loader
 from expertd.engine.policy import Rules
 from expertd.engine.resident import LayerState, Residents, Trust
@@ -82,8 +83,9 @@ class App:
         trust = Trust(_trusts_declared(settings), settings.exact_routing)
         tuner = Tuner(TimingStore(cache_directory(), self._device), torch_device, _tuning(settings))
         graphs = graphs_for(torch_device, tuner.buckets, settings.cuda_graphs == "auto")
+        layouts = Layouts(_layout_budget(settings, torch_device, self.residents), torch_device)
         self.loader = Loader(
-            self.residents, self._device, torch_device, self._prover, tuner, graphs, trust
+            self.residents, self._device, torch_device, self._prover, tuner, graphs, trust, layouts
         )
         check = partial(check_source, settings)
         self.steward = Steward(self.loader, self.residents, check, stop.set)
@@ -201,6 +203,13 @@ def _trusts_declared(settings: Settings) -> bool:
 
 def _guard(settings: Settings) -> Guard:
     return Guard() if settings.tokens is None else read_tokens(Path(settings.tokens))
+
+
+def _layout_budget(
+    settings: Settings, device: torch.device, residents: Residents
+) -> Callable[[], int]:
+    given = settings.layout_cache_bytes
+    return partial(spare_bytes, device, residents) if given is None else lambda: given
 
 
 def _options(settings: Settings) -> EngineOptions:

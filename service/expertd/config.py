@@ -155,6 +155,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "ingress_bytes", number(1 << 20, 1 << 44), 16 << 30, "most bytes of all calls", "BYTES"
     ),
+    Setting(
+        "layout_cache_bytes",
+        number(0, 1 << 44),
+        None,
+        "most bytes of weights in layouts beside the canonical one (default: what is spare)",
+        "BYTES",
+    ),
     Setting("threads", number(0, 1024), 0, "CPU threads that compute, 0: cores - 1", "THREADS"),
 )
 
@@ -193,6 +200,7 @@ class Settings:
     max_batch_tokens: int
     batch_delay_us: int
     batch_invariant: bool
+    expert_rows: bool
     max_queued_tokens: int
     max_queued_bytes: int
     max_concurrent_calls: int
@@ -200,7 +208,7 @@ class Settings:
     max_header_bytes: int
     header_seconds: float
     ingress_bytes: int
-    expert_rows: bool
+    layout_cache_bytes: int | None
     threads: int
 
 

@@ -7,7 +7,7 @@ and keep the order; subclasses fill in the underscored ones.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -162,3 +162,10 @@ class Backend(ABC):
 
     @abstractmethod
     def _forward(self, batch: Batch) -> None: ...
+
+
+def native_bytes(backends: Iterable[Backend]) -> int:
+    """What backends of one layer hold beside its canonical weights; shared memory counts once."""
+    listed = list(backends)
+    tensors = (tensor for backend in listed for tensor in backend.native_tensors())
+    return bytes_beside(tensors, listed[0].canonical if listed else None)

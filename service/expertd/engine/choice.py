@@ -9,7 +9,7 @@ from expertd.capability.plan import Plan, PlanSet, plan
 from expertd.capability.row import Cell
 from expertd.core import CallForm, RoutingForm
 from expertd.core.buckets import bucket_index
-from expertd.engine.resident import Resident
+from expertd.engine.resident import LayerState, Resident
 from expertd.errors import NoUsablePlan
 
 
@@ -43,6 +43,9 @@ def _choices(resident: Resident, form: CallForm) -> tuple[Cell, ...]:
     choices = resident.choices
     usable = (_cell(resident, entry) for entry in plans_of(resident, form).usable)
     cells = [cell for cell in usable if cell in resident.backends]
+    if not form.backend:
+        kept = [cell for cell in cells if not resident.backends[cell].spilled]
+        cells = kept or cells
     if not cells:
         return ()
     found = resident.timings.choices(cells, form.routing is RoutingForm.LOGITS)
@@ -67,6 +70,8 @@ def likely_backends(resident: Resident, buckets: Sequence[int]) -> set[Backend]:
 
 def likely_plans(resident: Resident) -> tuple[Plan, ...]:
     """The plans of the commonest call."""
+    if resident.state is LayerState.FAILED:
+        return ()
     usable = plans_of(resident, likely_form(resident)).usable
     return tuple(entry for entry in usable if _cell(resident, entry) not in resident.absent)
 

@@ -18,6 +18,7 @@ from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
 from expertd.engine.choice import likely_backends
 from expertd.engine.graphs import Graphs
+from expertd.engine.layouts import Layouts
 from expertd.engine.resident import LayerState, Resident, Residents, Trust
 from expertd.engine.routers import warm_up_router
 from expertd.engine.timings import Timings
@@ -60,6 +61,7 @@ class Loader:
         tuner: Tuner,
         graphs: Graphs,
         trust: Trust,
+        layouts: Layouts | None = None,
     ) -> None:
         self._residents = residents
         self._device = device
@@ -68,6 +70,7 @@ class Loader:
         self._tuner = tuner
         self._graphs = graphs
         self._trust = trust
+        self._layouts = layouts
         self._stream = torch.Stream(torch_device) if torch_device.type == "cuda" else None
 
     def add_identity(self, name: str, hidden: int) -> None:
@@ -159,6 +162,8 @@ class Loader:
         with self._graphs.apart(rivals(resident).values()):
             self._tuner.tune(resident)
             self._prove_shape(resident)
+        if self._layouts is not None:
+            resident.detail = self._layouts.settle(resident)
         self._graphs.attach(likely_backends(resident, self._graphs.buckets))
 
     @contextmanager

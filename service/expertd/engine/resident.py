@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from torch import Tensor
 
-from expertd.backends.base import Backend
+from expertd.backends.base import Backend, native_bytes
 from expertd.capability.device import DeviceInfo
 from expertd.capability.plan import PlanSet
 from expertd.capability.row import Cell, State
@@ -78,7 +78,10 @@ class Resident:
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.weights is None else self.weights.nbytes
+        """Bytes of the weights in every layout."""
+        if self.weights is None:
+            return 0
+        return self.weights.nbytes + native_bytes(self.backends.values())
 
     def require_ready(self) -> None:
         """Raises the error that fits a layer which is not ready."""
