@@ -42,7 +42,9 @@ class Forwards(Protocol):
         hidden_states: Tensor,
         *,
         timeout: float | None = ...,
-        **options: Any,
+        router_logits: Any | None = ...,
+        topk_ids: Any | None = ...,
+        topk_weights: Any | None = ...,
     ) -> Tensor:
         """As Client.forward."""
 
