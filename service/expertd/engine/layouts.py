@@ -1,7 +1,8 @@
 """Copies of weights in layouts of their own, which backends hold beside the canonical ones.
 
 Copies that a budget has no room for after a load are let go, and calls do without them unless they
-name their backend. For such a call the copy is made again, and the least recently used ones go.
+name their backend or have no other plan. For such a call the copy is made again, and the least
+recently used ones go.
 That is done by the thread that runs calls, so that no copy goes under a running one.
 """
 
@@ -80,8 +81,8 @@ class Layouts:
         copy.release()
         names = ", ".join(sorted({backend.row.backend for backend in copy.backends}))
         told = (
-            f"only calls that name {names} run on it: {copy.nbytes} bytes in its layout are more "
-            f"than is left of {FLAG} {budget}"
+            f"{names} holds no weights: {copy.nbytes} bytes in its layout are more than is left of "
+            f"{FLAG} {budget}; calls that name it, or have no other plan, wait until they are made"
         )
         log.warning("layer %s: %s", copy.name, told)
         return told
