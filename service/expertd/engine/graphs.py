@@ -32,14 +32,21 @@ EMPTY: dict[str, float] = {"rows": 0, "ids": -1, "weights": 0, "logits": 0}
 """What a row holds that only fills a bucket up."""
 
 
+FIELDS = {
+    PlanMode.ROUTED: ("rows", "row_scales", "ids", "weights", "out"),
+    PlanMode.MONOLITHIC: ("rows", "row_scales", "logits", "out"),
+}
+"""What plans read and write of a batch; there may be more in it."""
+
+
 class Signature(NamedTuple):
     """What batches must have in common to run on the same graph: all but their number of rows."""
 
     fields: tuple[tuple[str, torch.dtype, int], ...]
 
     @classmethod
-    def of(cls, batch: Batch) -> Signature:
-        present = ((name, getattr(batch, name)) for name in (*EMPTY, "row_scales", "out"))
+    def of(cls, batch: Batch, mode: PlanMode) -> Signature:
+        present = ((name, getattr(batch, name)) for name in FIELDS[mode])
         return cls(tuple((name, t.dtype, t.shape[1]) for name, t in present if t is not None))
 
 
@@ -91,30 +98,30 @@ class Graphs:
     def _replay(self, backend: Backend, capture: Capture) -> Callable[[Batch], bool] | None:
         """What runs a batch of the captured form and of at most so many rows, if it can."""
         captured: list[tuple[Slot, Callable[[], None]]] = []
-        batch = _example(backend, 1)
-        wanted = Signature.of(batch)
+        batch, mode = _example(backend, 1), backend.row.mode
+        wanted = Signature.of(batch, mode)
         try:
             for tokens in self.buckets:
-                slot = self._slot(batch, tokens)
+                slot = self._slot(batch, wanted, tokens)
                 captured.append((slot, capture(*_runs(backend, slot, tokens))))
         except Exception as error:  # whatever keeps a kernel from being captured, it still runs
             log.warning("%s runs without CUDA graphs: %s", backend.row.entry, error)
             return None
-        return _replayer(wanted, captured)
+        return _replayer(wanted, mode, captured)
 
-    def _slot(self, like: Batch, tokens: int) -> Slot:
-        key = tokens, Signature.of(like)
+    def _slot(self, like: Batch, signature: Signature, tokens: int) -> Slot:
+        key = tokens, signature
         if key not in self._slots:
             self._slots[key] = Slot(like, tokens)
         return self._slots[key]
 
 
 def _replayer(
-    wanted: Signature, captured: list[tuple[Slot, Callable[[], None]]]
+    wanted: Signature, mode: PlanMode, captured: list[tuple[Slot, Callable[[], None]]]
 ) -> Callable[[Batch], bool]:
     def replay(batch: Batch) -> bool:
         index = bucket_index(len(batch.rows))
-        if index >= len(captured) or Signature.of(batch) != wanted:
+        if index >= len(captured) or Signature.of(batch, mode) != wanted:
             return False
         slot, run = captured[index]
         slot.fill(batch)

@@ -133,7 +133,17 @@ def test_other_forms_run_as_they_are(change: Callable[[Batch], Batch]) -> None:
 def test_fp8_rows_are_another_form() -> None:
     batch = batch_of(1, 3)
     scaled = replace(batch, row_scales=torch.ones(1, 1))
-    assert Signature.of(batch) != Signature.of(scaled)
+    mode = PlanMode.ROUTED
+    assert Signature.of(batch, mode) != Signature.of(scaled, mode)
+
+
+def test_what_a_plan_does_not_read_does_not_matter() -> None:
+    recorder, backend = Recorder(), grouped()
+    graphs(recorder).attach([backend])
+    batch = random_batch(SPEC, 3, CPU)
+    assert batch.logits is not None
+    backend.forward(batch)
+    assert recorder.replayed == [2]
 
 
 def test_a_kernel_that_cannot_be_captured_still_runs(caplog: pytest.LogCaptureFixture) -> None:
