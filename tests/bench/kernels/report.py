@@ -16,6 +16,8 @@ from tests.bench.kernels.roof import Card
 from tests.bench.kernels.router import RouterCell
 from tests.bench.kernels.shapes import Shape
 
+OWN, LARGE = "triton", 256
+
 PACKAGES = ("torch", "triton", "flashinfer-python")
 
 
@@ -64,7 +66,7 @@ def as_markdown(
     routers: Sequence[RouterCell],
 ) -> str:
     """The tables of one run."""
-    lines = list(_head(facts))
+    lines = [*_head(facts), *_summary(cells)]
     for shape in shapes:
         mine = [cell for cell in cells if cell.shape == shape.name]
         lines += _table(shape, mine)
@@ -85,11 +87,33 @@ def _head(facts: dict[str, Any]) -> Iterator[str]:
     yield "error against fp32. E: measured eagerly, no graph. Bold: the fastest plan."
 
 
+def fastest(cells: Iterable[Cell]) -> dict[tuple[str, int], Cell]:
+    """The fastest plan's cell by shape and number of tokens."""
+    best: dict[tuple[str, int], Cell] = {}
+    for cell in cells:
+        key = (cell.shape, cell.tokens)
+        if cell.timing and (key not in best or _median(cell) < _median(best[key])):
+            best[key] = cell
+    return best
+
+
+def _summary(cells: Sequence[Cell]) -> Iterator[str]:
+    """How many goals are met, and how often our own kernels are the fastest."""
+    best = fastest(cells).values()
+    aimed = [cell for cell in best if cell.goal is not None]
+    met = [cell for cell in aimed if cell.goal is not None and cell.ratio <= cell.goal]
+    large = [cell for cell in best if cell.tokens >= LARGE]
+    ours = [cell for cell in large if cell.plan.startswith(f"{OWN} ")]
+    yield ""
+    yield f"Goals met: {len(met)} of {len(aimed)}. Fastest in cells of {LARGE} tokens and more: our"
+    yield f"own Triton kernels in {len(ours)} of {len(large)} (goal: half)."
+
+
 def _table(shape: Shape, cells: list[Cell]) -> Iterator[str]:
     yield from ("", f"## {shape.name}", "")
     timed = [cell for cell in cells if cell.timing]
     tokens = sorted({cell.tokens for cell in timed})
-    best = {n: min((c for c in timed if c.tokens == n), key=_median) for n in tokens}
+    best = {n: cell for (_, n), cell in fastest(timed).items()}
     if timed:
         yield _line("tokens", [str(n) for n in tokens])
         yield "|---" * (len(tokens) + 1) + "|"

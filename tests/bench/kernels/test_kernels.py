@@ -93,6 +93,7 @@ def test_tables_show_best_goal_marks_and_faults() -> None:
         "peaks": {"bf16": 8e14},
     }
     text = as_markdown(facts, [shape], cells, [])
+    assert "Goals met: 1 of 1." in text and "kernels in 0 of 0 (goal" in text
     assert "| a bf16 | **20.0 (2.0) 1.05×** 2e-03 |" in text
     assert "| b fp8 | 30.0 (2.0) 1.58× 3e-02 E |" in text
     assert "| goal | 1.10× met |" in text
