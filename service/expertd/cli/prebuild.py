@@ -131,7 +131,8 @@ def nvcc_of(environment: Mapping[str, str]) -> str:
 
 def _prebuild(arch: str | None, check: bool, shared: Mapping[str, str]) -> int:
     own = {} if arch is None else {"FLASHINFER_CUDA_ARCH_LIST": arch}
-    log = cache_directory() / f"prebuild-{arch or 'here'}.log"
+    kind = "check" if check else "prebuild"
+    log = cache_directory() / f"{kind}-{arch or 'here'}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", WORKER, *(["--check"] if check else [])]
     title = f"sm{arch.replace('.', '')}" if arch else "this machine"

@@ -36,8 +36,8 @@ def run(monkeypatch: pytest.MonkeyPatch, saying: str, *arguments: str) -> int:
     return main(["prebuild", *arguments])
 
 
-def log(tmp_path: Path, name: str) -> str:
-    return (tmp_path / "cache" / "expertd" / f"prebuild-{name}.log").read_text()
+def log(tmp_path: Path, name: str, kind: str = "prebuild") -> str:
+    return (tmp_path / "cache" / "expertd" / f"{kind}-{name}.log").read_text()
 
 
 def test_each_architecture_is_built_apart(
@@ -102,7 +102,7 @@ def test_check_needs_no_compiler_and_says_what_is_missing(
     ]
     assert "without a word" not in said.err
     assert run(monkeypatch, "builds", "--check") == 0
-    assert "['--check']" in log(tmp_path, "here")
+    assert "['--check']" in log(tmp_path, "here", "check")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from tests.service.flashinfer.conftest import Home
 
 from expertd.backends.flashinfer import library, tuning
+from expertd.backends.flashinfer.once import warn_once
 
 CPU = torch.device("cpu")
 
@@ -83,10 +84,13 @@ def test_without_its_timing_module_it_does_not_tune_and_says_so(
     monkeypatch.setenv("FLASHINFER_DISABLE_JIT", disabled)
     if disabled:
         home.built("trtllm_utils")
-    with tuning.tuner((1,), CPU):
-        pass
+    warn_once.cache_clear()
+    for _ in range(2):
+        with tuning.tuner((1,), CPU) as tunes:
+            assert not tunes
     assert tuned.told == []
     assert "trtllm_utils" in caplog.text and "expertd prebuild" in caplog.text
+    assert len(caplog.records) == 1, "and it says so once"
 
 
 def test_nothing_else_runs_while_it_tunes(tuned: Tuned, home: Home) -> None:

@@ -22,6 +22,7 @@ from tests.strategies import random_weights, relative
 
 from expertd.backends.flashinfer import library as flashinfer
 from expertd.backends.flashinfer.entry import Entry, argument_names
+from expertd.backends.flashinfer.once import warn_once
 from expertd.capability.library import recorded, recorded_versions
 from expertd.capability.row import Row
 from expertd.capability.rows.flashinfer_trtllm import ROWS
@@ -148,6 +149,7 @@ def test_rows_that_arrive_as_mxfp8(
 def test_a_checkpoint_without_activation_scales(
     recording: Recording, quant: QuantScheme, caplog: pytest.LogCaptureFixture
 ) -> None:
+    warn_once.cache_clear()
     row, spec = row_of(quant, PlanMode.ROUTED), layer(quant)
     batch = batch_of(row, spec)
     backend_of(row, spec, inputs=False).forward(batch)

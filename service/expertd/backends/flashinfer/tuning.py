@@ -13,6 +13,7 @@ import torch
 from expertd.backends.base import Batch
 from expertd.backends.flashinfer import modules
 from expertd.backends.flashinfer.library import alone, library, simulated
+from expertd.backends.flashinfer.once import warn_once
 from expertd.capability.device import installed_flashinfer
 from expertd.capability.row import Row
 from expertd.config import cache_directory
@@ -81,5 +82,5 @@ def _can_tune() -> bool:
         return False
     absent = modules.missing(modules.TUNER)
     if absent:
-        log.warning("FlashInfer keeps its untuned tactics: %s", absent)
+        warn_once(log, f"FlashInfer keeps its untuned tactics: {absent}")
     return not absent

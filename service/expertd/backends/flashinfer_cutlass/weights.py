@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expertd.backends.flashinfer.library import library
+from expertd.backends.flashinfer.once import warn_once
 from expertd.backends.flashinfer.tied import tied_fp8
 from expertd.core import QuantScheme
 from expertd.weights.canonical import ExpertWeights
@@ -62,7 +63,7 @@ def _fp8_tensor(weights: ExpertWeights) -> Native:
     assert weights.scale13 is not None and weights.scale2 is not None
     first, second = weights.scale13[:, 0].contiguous(), weights.scale2[:, 0].contiguous()
     if weights.input2 is None:
-        log.warning("the checkpoint has no scale for the rows between the matrices: using 1.0")
+        warn_once(log, "a checkpoint has no scale for the rows between the matrices: using 1.0")
     inner = torch.ones_like(second) if weights.input2 is None else weights.input2.float()
     rows = None if weights.input13 is None else weights.input13.float().amax()
     return Native(weights.w13, weights.w2, scales=None, fp8=Fp8Scales(first, second, rows, inner))

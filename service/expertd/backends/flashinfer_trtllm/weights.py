@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from expertd.backends.flashinfer.once import warn_once
 from expertd.backends.flashinfer.tied import tied_fp8
 from expertd.backends.flashinfer_trtllm import permute, scales
 from expertd.backends.flashinfer_trtllm.pad import Sizes, pad
@@ -219,7 +220,8 @@ def _biases(weights: ExpertWeights, activation: Activation, units: scales.Scalar
 def _input_scales(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
     """The multiplier [] of the rows, which all experts share, and those [L] of the inner rows."""
     if weights.input13 is None or weights.input2 is None:
-        log.warning("the checkpoint has no activation scales for %s: using 1.0", weights.quant)
+        told = f"a checkpoint has no activation scales for {weights.quant}: using 1.0"
+        warn_once(log, told)
         one = torch.ones(len(weights.w13), dtype=torch.float32, device=weights.device)
         return one[0], one
     return weights.input13.float().amax(), weights.input2.float()
