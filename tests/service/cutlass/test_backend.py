@@ -26,6 +26,13 @@ from expertd.weights.canonical import ExpertWeights
 CPU = torch.device("cpu")
 COMPUTED = {quant: row for row in ROWS for quant in row.quants if quant is not QuantScheme.MXFP4}
 TOLERANCE = {QuantScheme.FP8_TENSOR: 8e-2, QuantScheme.FP8_BLOCK128: 1e-2}
+AS_IT_IS = (
+    QuantScheme.BF16,
+    QuantScheme.FP16,
+    QuantScheme.FP8_TENSOR,
+    QuantScheme.FP8_BLOCK128,
+)
+"""Schemes whose canonical tensors are the kernel's own."""
 LIMITED = [
     Activation(ActivationKind.SWIGLU, limit=0.5),
     Activation(ActivationKind.SWIGLU_OAI, alpha=1.3, beta=0.5, limit=0.5),
@@ -124,9 +131,7 @@ def test_other_dtypes_of_replies(emulated: Emulated, dtype: torch.dtype) -> None
     assert relative(found, expected(spec, weights, batch)) < 1e-2
 
 
-@pytest.mark.parametrize(
-    "quant", [QuantScheme.BF16, QuantScheme.FP16, QuantScheme.FP8_TENSOR, QuantScheme.FP8_BLOCK128]
-)
+@pytest.mark.parametrize("quant", AS_IT_IS)
 def test_weights_are_not_copied(emulated: Emulated, quant: QuantScheme) -> None:
     spec = spec_of(quant)
     weights = random_weights(spec, generator(10))

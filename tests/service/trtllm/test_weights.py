@@ -19,9 +19,23 @@ from torch import Tensor
 
 from expertd.backends.flashinfer_trtllm.pad import Sizes
 from expertd.backends.flashinfer_trtllm.weights import Native, native
+from expertd.capability.rows.flashinfer_trtllm import ROWS
 from expertd.core import ActivationKind, LayerSpec, QuantScheme
 from expertd.weights.canonical import ExpertWeights
 
+BYTE_EQUAL = frozenset(
+    {
+        QuantScheme.BF16,
+        QuantScheme.FP8_TENSOR,
+        QuantScheme.FP8_CHANNEL,
+        QuantScheme.FP8_BLOCK128,
+        QuantScheme.MXFP8,
+        QuantScheme.NVFP4,
+        QuantScheme.MXFP4,
+        QuantScheme.MXINT4,
+    }
+)
+"""Schemes that have a test here, each by its name."""
 GATED = pytest.mark.parametrize("gated", [True, False])
 KINDS = {True: ActivationKind.SWIGLU, False: ActivationKind.RELU2}
 
@@ -205,6 +219,22 @@ def test_mxfp8(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @GATED
+def test_fp8_channel(gated: bool) -> None:
+    """FlashInfer has no preparation for it: its helpers, as they make per-tensor weights."""
+    from flashinfer import reorder_rows_for_gated_act_gemm, shuffle_matrix_a
+
+    spec = spec_of(QuantScheme.FP8_CHANNEL, gated)
+    weights = random_weights(spec, generator(10))
+    ours = prepared(weights, spec).arguments
+    first, second = raw(weights.w13), raw(weights.w2)
+    if gated:
+        first = torch.stack([reorder_rows_for_gated_act_gemm(each) for each in first])
+    for name, matrix in (("gemm1_weights", first), ("gemm2_weights", second)):
+        theirs = torch.stack([shuffle_matrix_a(each, 128) for each in matrix])
+        assert same_bytes(ours[name], theirs.view(torch.float8_e4m3fn)), name
+
+
+@GATED
 def test_channel_scales_follow_their_rows(gated: bool) -> None:
     spec = spec_of(QuantScheme.FP8_CHANNEL, gated)
     weights = random_weights(spec, generator(9))
@@ -246,3 +276,11 @@ def test_halves_of_different_scales(quant: QuantScheme, limit: float | None, tie
     expected = scale.amax(1, keepdim=True).expand(-1, 2) if tied else scale
     torch.testing.assert_close(up, expected[:, 0])
     torch.testing.assert_close(gates, expected[:, 1])
+
+
+def test_every_scheme_of_a_row_has_its_test() -> None:
+    tests = " ".join(name for name in globals() if name.startswith("test_"))
+    named = {scheme for scheme in QuantScheme if f"test_{scheme}" in tests}
+    # test_fp4 is for both.
+    assert named | {QuantScheme.NVFP4, QuantScheme.MXFP4} == BYTE_EQUAL
+    assert {quant for row in ROWS for quant in row.quants} == BYTE_EQUAL
