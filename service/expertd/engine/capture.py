@@ -26,7 +26,8 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        # Kept by itself: a pool goes with the last graph that uses it, and does not come back.
+        self._pool = torch.cuda.MemPool()
 
     def __call__(self, warm: Run, run: Run) -> Run:
         graph = torch.cuda.CUDAGraph()
@@ -34,7 +35,7 @@ class CudaCapture:
             warm()
             torch.cuda.synchronize()
             with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
                 try:
                     run()
                 except BaseException:

@@ -21,10 +21,6 @@ from expertd.backends.flashinfer_cutlass.weights import Native, native
 from expertd.backends.flashinfer_cutlass.workspace import workspace, workspace_bytes
 from expertd.weights.canonical import ExpertWeights
 
-LEAST_SIZED = 128
-"""Rows for which memory is asked for at least: FlashInfer 0.7.2 says too little for a few fp8 rows
-in blocks (one row of 256: 13 KB, and the kernel then wants 61 KB)."""
-
 
 class Cutlass(FlashInferBackend):
     """One layer; the row says which of the kernel's modes."""
@@ -106,7 +102,7 @@ class Cutlass(FlashInferBackend):
         spec = self.spec
         return {
             **self._fixed,
-            "max_num_tokens": max(tokens, LEAST_SIZED),
+            "max_num_tokens": tokens,
             "hidden_size": spec.hidden,
             "intermediate_size": spec.intermediate,
             "num_experts_total": spec.num_experts,

@@ -1,7 +1,7 @@
 """The kernel's scratch memory: one buffer a device and stream, shared by all layers, only growing.
 
-Calls on one stream run one after the other, so they can share; the largest call of any layer
-decides the size, and warm-up makes it before a request has to.
+Calls on one stream run one after the other, so they can share. FlashInfer's own answer is too small
+for a few rows of fp8 blocks, so what the widest call of a warm-up got, every stream gets.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ _buffers: dict[tuple[torch.device, int], Tensor] = {}
 
 def workspace(size: int, device: torch.device) -> Tensor:
     """At least size bytes of uint8 for a call on the current stream."""
+    key = device, _stream(device)
+    others = [other.numel() for (where, _), other in list(_buffers.items()) if where == device]
+    size = max(size, *others, 0)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A graph keeps its addresses for as long as it lives, and the shared buffer may go.
         return torch.empty(size, dtype=torch.uint8, device=device)
-    key = device, _stream(device)
     found = _buffers.get(key)
     if found is None or found.numel() < size:
         # The old buffer goes first, so that both need not fit.
