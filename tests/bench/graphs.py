@@ -44,11 +44,11 @@ def spec_of(quant: QuantScheme, experts: int, hidden: int, intermediate: int) ->
     )
 
 
-def plans(spec: LayerSpec) -> Iterator[Backend]:
+def plans(spec: LayerSpec, buckets: tuple[int, ...] = BUCKETS) -> Iterator[Backend]:
     weights = random_weights(spec, DEVICE)
     for row in (*flashinfer_cutlass.ROWS, *triton.ROWS):
         if spec.quant in row.quants and not layer_refusals(row, spec, detect("cuda:0")):
-            yield build(row, spec, weights, None, DEVICE, BUCKETS)
+            yield build(row, spec, weights, None, DEVICE, buckets)
 
 
 def microseconds(backend: Backend, batch: Batch) -> float:
