@@ -1,6 +1,6 @@
 """Whether the tuner's choice holds: python -m tests.bench.tuner measures each shape twice.
 
-Prints, on a card, microseconds of each plan at each bucket as the second table has them, and how much slower
+Prints microseconds of each plan at each bucket as the second table has them, and how much slower
 the plan that the first table chose is than the fastest of the second: the goal is 1.03 at most.
 """
 
