@@ -129,9 +129,10 @@ class FakeLink(Link):
     async def query(self, path: str, request: bytes, timeout: float | None) -> bytes:
         assert path == LIST_LAYERS
         self._reach()
+        info = self.server.info()
         if self.server.probe is not None:
             await self.server.probe()
-        return bytes(pb.ListLayersReply(layers=[self.server.info()]).SerializeToString())
+        return bytes(pb.ListLayersReply(layers=[info]).SerializeToString())
 
     async def watch(self) -> AsyncIterator[bool]:
         told = None

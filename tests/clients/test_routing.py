@@ -122,6 +122,20 @@ def test_ties_go_to_the_lower_id(method: str) -> None:
         assert chosen == sorted(range(16), key=lambda i: (-row[i], i))[:7]
 
 
+def test_a_masked_expert_stays_masked_where_groups_are_filled_with_zero() -> None:
+    """Only two experts of the best group can be had: the third comes from the other, unmasked."""
+    values = np.array([[9.0, 9.0, -math.inf, -math.inf, -math.inf, 0.5, 0.6, 0.7]], np.float32)
+    router = Router(
+        method="DeepSeekV3", num_experts=8, top_k=3, n_group=2, topk_group=1, group_fill=0.0
+    )
+    ids, weights = route(router, values)
+    expected, expected_weights = reference.route(
+        "DeepSeekV3", torch.from_numpy(values), top_k=3, n_group=2, topk_group=1, group_fill=0.0
+    )
+    assert ids.tolist() == expected.tolist() == [[0, 1, 5]]
+    np.testing.assert_allclose(weights, expected_weights.numpy(), rtol=1e-6)
+
+
 def test_every_method_of_the_server_is_there() -> None:
     assert set(FORMULAS) == set(METHODS)
 

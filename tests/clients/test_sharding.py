@@ -194,6 +194,13 @@ def test_shares_follow_speed_and_queue() -> None:
     assert dict_of(share(LEAST_ROWS, [slow, fast])) == {"fast": LEAST_ROWS}
 
 
+def test_a_call_among_others_takes_the_holder_that_is_done_first() -> None:
+    early, late = Holder("z", 0, 1, 100.0, 50.0), Holder("a", 0, 1, 100.0, 900.0)
+    assert dict_of(share(1000, [late, early], callers=2)) == {"z": 1000}
+    swift = Holder("a", 0, 1, 1e5, 900.0)
+    assert dict_of(share(1000, [swift, early], callers=2)) == {"a": 1000}
+
+
 def dict_of(shares: list[tuple[Holder, int]]) -> dict[str, int]:
     return {holder.name: rows for holder, rows in shares}
 
