@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -116,17 +117,23 @@ def report(
 
 def _cell(proof: Proof) -> dict[str, Any]:
     failures = [
-        {"case": t.case, "layer": t.layer, "error": t.error, "fault": t.fault}
+        {"case": t.case, "layer": t.layer, "error": _number(t.error), "fault": t.fault}
         for t in proof.failures
     ]
     return {
         **proof.cell._asdict(),
         "state": proof.state,
+        "absent": list(proof.absent),
         "trials": len(proof.trials),
-        "worst": proof.worst,
+        "worst": _number(proof.worst),
         "tolerance": proof.tolerance,
         "failures": failures,
     }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _show(title: str, proofs: list[Proof]) -> None:
@@ -135,11 +142,13 @@ def _show(title: str, proofs: list[Proof]) -> None:
         table.add_column(column)
     for proof in proofs:
         colour = COLOURS.get(proof.state, "yellow")
-        bound = f"{proof.worst:.1e} / {proof.tolerance:.0e}"
+        bound = f"{proof.worst:.1e} / {proof.tolerance:.0e}" if proof.trials else ""
         state = f"[{colour}]{proof.state}[/]"
         table.add_row(*proof.cell, state, str(len(proof.trials)), bound)
     console = Console()
     console.print(table)
+    for text in dict.fromkeys(text for proof in proofs for text in proof.absent):
+        console.print(f"not run: {text}")
     for proof in proofs:
         for trial in proof.failures[:5]:
             what = trial.fault or f"error {trial.error:.2e}"

@@ -17,6 +17,7 @@ from expertd.capability.match import refusals
 from expertd.capability.row import Cell, Row, State
 from expertd.capability.rows.reference import ROWS as REFERENCE_ROWS
 from expertd.core import CallForm, LayerSpec, PlanMode, QuantScheme, RoutingForm
+from expertd.errors import NoUsablePlan
 from expertd.proof.cases import CASES, Case, layers
 from expertd.routing.reference import route_for
 from expertd.weights.canonical import ExpertWeights
@@ -51,12 +52,16 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What is known of a cell after its trials; without any, or all of them, it is not proven."""
+    """What is known of a cell after its trials; without any, or all of them, it is not proven.
+
+    absent: why there were none, if kernels have to be built or fetched first.
+    """
 
     cell: Cell
     tolerance: float
     trials: tuple[Trial, ...]
     whole: bool = True
+    absent: tuple[str, ...] = ()
 
     @property
     def state(self) -> State:
@@ -78,8 +83,12 @@ class Proof:
 
 def prove(row: Row, quant: QuantScheme, device: DeviceInfo, seed: int = 0) -> Proof:
     """Runs every case that the row accepts."""
-    trials = tuple(_trials(row, quant, device, seed))
-    return Proof(row.cell(quant), TOLERANCES[row.activation_quant], trials)
+    cell, tolerance = row.cell(quant), TOLERANCES[row.activation_quant]
+    try:
+        return Proof(cell, tolerance, tuple(_trials(row, quant, device, seed)))
+    except NoUsablePlan as refused:
+        # Nothing failed: the next run may find the kernels.
+        return Proof(cell, tolerance, (), absent=tuple(r.text for r in refused.refusals))
 
 
 def _trials(row: Row, quant: QuantScheme, device: DeviceInfo, seed: int) -> Iterator[Trial]:
@@ -113,6 +122,8 @@ def _trial(
     try:
         backend = build(row, spec, weights, bias.to(target) if wanted else None, target)
         backend.forward(batch)
+    except NoUsablePlan:
+        raise
     except Exception as error:  # whatever a kernel raises is the finding of this trial
         return Trial(case.name, name, float("nan"), f"{type(error).__name__}: {error}"[:300])
     expected = _reference(spec, weights, batch)
