@@ -102,19 +102,20 @@ def test_memory_that_runs_out_is_resource_exhausted(protocol: str) -> None:
     """And the server goes on: the same call is answered once there is memory again."""
     with in_process(*FLAGS) as (app, addresses):
         assert app.wait_ready()
-        rows = rows_of(3000)
 
-        def ask() -> Answer:
+        def ask(rows: torch.Tensor) -> Answer:
             fields = {"model": "echo", "hidden_states": rows}
             return PROTOCOLS[protocol](getattr(addresses, protocol), fields)
 
-        assert ask().code == "OK"
+        small, large = rows_of(100), rows_of(4000)
+        assert ask(small).code == "OK"
         with full_memory():
-            assert ask().code == "RESOURCE_EXHAUSTED"
+            refused = ask(large)
+            assert refused.code == "RESOURCE_EXHAUSTED" and "memory" in refused.message
             assert httpx.get(f"http://{addresses.http}/readyz", trust_env=False).is_success
-        answer = ask()
+        answer = ask(large)
         assert answer.output is not None, answer.message
-        assert torch.equal(answer.output, rows)
+        assert torch.equal(answer.output, large)
 
 
 ASSERTING = """

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import NoReturn
 
 import torch
 
@@ -46,12 +48,15 @@ class Executor:
         self._observer = observer
         self._on_lost = on_lost
         self._stagings = stagings
+        self._overlaps = len(stagings) > 1
         self._free: SimpleQueue[Staging] = SimpleQueue()
         for staging in stagings:
             self._free.put(staging)
         self._landing: SimpleQueue[Flight | None] = SimpleQueue()
         self._running: list[Sequence[Ticket]] = []
         self._failed = threading.Event()
+        self._lost = False
+        self._wreck: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._lander = threading.Thread(target=self._land_all, name="lander", daemon=True)
 
@@ -62,14 +67,12 @@ class Executor:
 
     def join(self, timeout: float) -> bool:
         """Waits for the last answer; True if it was given."""
+        if self._lost:
+            return True
         self._thread.join(timeout)
         if self._overlaps and not self._thread.is_alive():
             self._lander.join(timeout)
         return not (self._thread.is_alive() or self._lander.is_alive())
-
-    @property
-    def _overlaps(self) -> bool:
-        return len(self._stagings) > 1
 
     @property
     def failed(self) -> bool:
@@ -118,8 +121,9 @@ class Executor:
     def _land(self, flight: Flight) -> None:
         """Answers a batch's calls when the device has done with it."""
         try:
-            flight.staging.wait_computed()
-            self._batcher.computed(flight.tickets)
+            if self._overlaps:
+                flight.staging.wait_computed()
+                self._batcher.computed(flight.tickets)
             answers, report = flight.land()
         except Exception as error:
             self._refuse(flight.tickets, error)
@@ -134,7 +138,8 @@ class Executor:
         self._finish(flight.tickets, flight.staging)
 
     def _finish(self, tickets: Sequence[Ticket], staging: Staging) -> None:
-        self._batcher.computed(tickets)
+        if self._overlaps:
+            self._batcher.computed(tickets)
         self._running.remove(tickets)
         self._free.put(staging)
 
@@ -148,16 +153,27 @@ class Executor:
         _fail(tickets, told)
 
     def _die(self, error: BaseException) -> None:
-        lost = isinstance(error, DeviceLost)
+        self._lost = lost = isinstance(error, DeviceLost)
         log.critical("the executor died; this process takes no more calls", exc_info=error)
         self._failed.set()
         if lost:
+            # Freeing what a lost device was told to write ends the process before its time: the
+            # error's frames keep it.
+            self._wreck = error
             self._on_lost()
         why = LOST if lost else BROKEN
         self._batcher.fail_all(why)
         for tickets in list(self._running):
             _fail(tickets, unavailable(why))
         self._free.put(self._stagings[0])  # an executor that waits for one sees that it is over
+        if lost:
+            _hold_on()
+
+
+def _hold_on() -> NoReturn:
+    """Never lets go of the tensors of a lost device: their end would abort the process."""
+    while True:
+        time.sleep(3600)
 
 
 def _recover(staging: Staging) -> None:
