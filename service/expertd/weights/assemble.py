@@ -23,7 +23,9 @@ class Assembler:
     def __init__(self, source: Source, weights: ExpertWeights) -> None:
         self._source = source
         self._weights = weights
-        self._finite: list[tuple[str, Tensor]] = []
+        # One tensor for all flags: small ones kept between large ones would tear the heap apart.
+        self._checked: list[str] = []
+        self._finite = torch.ones(_scales_of(source), dtype=torch.bool, device=weights.device)
 
     def add(self, slot: int, expert: Expert, staged: Staged) -> None:
         """Convert an expert on the layer's device and put it into its slot."""
@@ -36,10 +38,7 @@ class Assembler:
 
     def check(self) -> None:
         """Raises FailedPrecondition naming the first tensor with a scale that is not finite."""
-        if not self._finite:
-            return
-        flags = torch.stack([flag for _, flag in self._finite]).tolist()
-        for (name, _), finite in zip(self._finite, flags, strict=True):
+        for name, finite in zip(self._checked, self._finite.tolist(), strict=True):
             if not finite:
                 file = self._source.checkpoint.entry(name).file.path
                 raise FailedPrecondition(f"{file}: tensor {name!r} has NaN or infinite values")
@@ -54,7 +53,8 @@ class Assembler:
             if part in self._source.format.reciprocal:
                 tensor = 1 / tensor
             if part != "weight":
-                self._finite.append((name, _all_finite(tensor)))
+                torch.all(_finite(tensor), out=self._finite[len(self._checked)])
+                self._checked.append(name)
             parts[part] = tensor
         return parts
 
@@ -92,10 +92,16 @@ def _interleaved(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return (tensor, tensor) if tensor.numel() == 1 else (tensor[1::2], tensor[::2])
 
 
-def _all_finite(scale: Tensor) -> Tensor:
-    """Whether every value is finite: e8m0 has one NaN, e4m3 one of each sign, no infinity."""
+def _scales_of(source: Source) -> int:
+    """How many tensors beside the weights themselves there are."""
+    matrices = [stored for expert in source.experts for stored in (*expert.first, expert.second)]
+    return sum(part != "weight" for stored in matrices for part in stored.tensors)
+
+
+def _finite(scale: Tensor) -> Tensor:
+    """Which values are finite: e8m0 has one NaN, e4m3 one of each sign, no infinity."""
     if scale.dtype == torch.uint8:
-        return (scale != 255).all()
+        return scale != 255
     if scale.dtype == torch.float8_e4m3fn:
-        return ((scale.view(torch.uint8) & 0x7F) != 0x7F).all()
-    return scale.isfinite().all()
+        return (scale.view(torch.uint8) & 0x7F) != 0x7F
+    return scale.isfinite()

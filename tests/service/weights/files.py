@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +76,40 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(value))
 
 
-def large(out: Path) -> Path:
-    """One layer of 64 experts, 600 MB of zeros in a sparse file."""
-    hidden, width, experts = 1024, 1536, 64
+PLAIN_PARTS = {"weight": ("BF16", 1)}
+NVFP4_PARTS = {
+    "weight": ("U8", 2),
+    "weight_scale": ("F8_E4M3", 16),
+    "weight_scale_2": ("F32", 0),
+    "input_scale": ("F32", 0),
+}
+INT4_PARTS = {"weight_packed": ("I32", 8), "weight_scale": ("BF16", 32)}
+ITEM_BYTES = {"BF16": 2, "U8": 1, "F8_E4M3": 1, "F32": 4, "I32": 4}
+
+
+def large(
+    out: Path, experts: int = 64, parts: Mapping[str, tuple[str, int]] = PLAIN_PARTS, **config: Any
+) -> Path:
+    """One layer of zeros in a sparse file, 600 MB of it by default.
+
+    parts: each part's dtype and how many columns share one of its elements, 0 for all of a matrix.
+    """
+    hidden, width = 1024, 1536
     header: dict[str, Any] = {}
     end = 0
     for e in range(experts):
         for name in ("gate_proj", "up_proj", "down_proj"):
-            shape = [hidden, width] if name == "down_proj" else [width, hidden]
-            begin, end = end, end + 2 * hidden * width
-            key = f"model.layers.0.mlp.experts.{e}.{name}.weight"
-            header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+            n, k = (hidden, width) if name == "down_proj" else (width, hidden)
+            for part, (dtype, columns) in parts.items():
+                shape = [n, k // columns] if columns else []
+                begin, end = end, end + ITEM_BYTES[dtype] * prod(shape)
+                key = f"model.layers.0.mlp.experts.{e}.{name}.{part}"
+                header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     out.mkdir()
     text = json.dumps(header).encode()
     with open(out / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + end)
     sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "num_experts": experts}
-    write_json(out / "config.json", qwen_config(**sizes))
+    write_json(out / "config.json", qwen_config(**sizes, num_hidden_layers=1, **config))
     return out

@@ -14,6 +14,9 @@ import torch
 from tests.service.weights.files import (
     EXPERTS,
     HIDDEN,
+    INT4_PARTS,
+    NVFP4_PARTS,
+    PLAIN_PARTS,
     WIDTH,
     edit_json,
     edit_tensors,
@@ -21,6 +24,7 @@ from tests.service.weights.files import (
     qwen,
     qwen_layer,
 )
+from tests.service.weights.stored import compressed, modelopt
 from tests.service.weights.test_formats import write
 
 from expertd.core import LayerSpec
@@ -206,8 +210,26 @@ def test_progress_adds_up_to_the_layer(tmp_path: Path) -> None:
     assert sum(seen) == weights.nbytes and len(seen) == EXPERTS
 
 
-def test_loading_takes_the_layer_and_little_more(tmp_path: Path) -> None:
-    """A layer of 600 MB through 64 MiB of staging: the peak of anonymous memory says so."""
+FORMS: dict[str, tuple[int, Any, dict[str, Any]]] = {
+    "bf16": (64, PLAIN_PARTS, {}),
+    "nvfp4": (192, NVFP4_PARTS, {"quantization_config": modelopt("NVFP4")}),
+    "int4 words": (
+        192,
+        INT4_PARTS,
+        {
+            "quantization_config": compressed(
+                num_bits=4, type="int", strategy="group", group_size=32
+            )
+        },
+    ),
+}
+"""Experts, parts and config of layers of some 500 MB."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loading_takes_the_layer_and_little_more(form: str, tmp_path: Path) -> None:
+    """A layer of 500 MB through 64 MiB of staging: the peak of anonymous memory says so."""
+    experts, parts, declared = FORMS[form]
     code = f"""
 import torch
 from pathlib import Path
@@ -227,9 +249,9 @@ def look(_):
     peak = max(peak, anonymous())
 weights, _ = load_layer(checkpoint, 0, spec, 'cpu', look)
 extra = (peak - before) * 1024 - weights.nbytes
-assert weights.nbytes > 500 << 20 and extra < 128 << 20, (weights.nbytes, extra)
+assert weights.nbytes > 400 << 20 and extra < 80 << 20, (weights.nbytes, extra)
 """
-    large(tmp_path / "m")
+    large(tmp_path / "m", experts, parts, **declared)
     root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
