@@ -53,10 +53,13 @@ def expertd(home: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def serving(home: Path, *args: str, program: Sequence[str] = EXPERTD) -> Iterator[Server]:
-    """`expertd serve` with these flags on free ports, ready; killed if it outlives its test."""
+def serving(home: Path, *args: str, program: Sequence[str] = ()) -> Iterator[Server]:
+    """`expertd serve` with these flags on free ports, ready; killed if it outlives its test.
+
+    program: what to run instead of expertd.
+    """
     log = home / f"serve-{len(list(home.glob('serve-*')))}.log"
-    command = [*program, "serve", *PORTS, "--announce", "json", *args]
+    command = [*(program or EXPERTD), "serve", *PORTS, "--announce", "json", *args]
     with (
         log.open("w") as errors,
         subprocess.Popen(

@@ -111,7 +111,7 @@ class Batcher:
         """The next batch without those whose callers have left; from here on none can cancel."""
         while True:
             now_ns = time.monotonic_ns()
-            least = sum(ticket.tokens for ticket in self._ahead)
+            least = sum(ticket.tokens for ticket in self._ahead) if self._ahead else 0
             rules, queue = self._rules, tuple(self._queue)
             choice = choose(queue, now_ns, rules, self._overtaken, least)
             self._overtaken = choice.overtaken

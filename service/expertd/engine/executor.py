@@ -55,7 +55,7 @@ class Executor:
         self._landing: SimpleQueue[Flight | None] = SimpleQueue()
         self._running: list[Sequence[Ticket]] = []
         self._failed = threading.Event()
-        self._lost = False
+        self._over = threading.Event()
         self._wreck: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._lander = threading.Thread(target=self._land_all, name="lander", daemon=True)
@@ -67,12 +67,7 @@ class Executor:
 
     def join(self, timeout: float) -> bool:
         """Waits for the last answer; True if it was given."""
-        if self._lost:
-            return True
-        self._thread.join(timeout)
-        if self._overlaps and not self._thread.is_alive():
-            self._lander.join(timeout)
-        return not (self._thread.is_alive() or self._lander.is_alive())
+        return self._over.wait(timeout)
 
     @property
     def failed(self) -> bool:
@@ -88,6 +83,8 @@ class Executor:
             self._die(error)
         finally:
             self._landing.put(None)
+            if not self._overlaps:
+                self._over.set()
 
     def _run_batch(self, staging: Staging) -> bool:
         """Launches the next batch; False when there will be none."""
@@ -115,6 +112,7 @@ class Executor:
             with torch.inference_mode():
                 while (flight := self._landing.get()) is not None:
                     self._land(flight)
+            self._over.set()
         except BaseException as error:
             self._die(error)
 
@@ -153,7 +151,7 @@ class Executor:
         _fail(tickets, told)
 
     def _die(self, error: BaseException) -> None:
-        self._lost = lost = isinstance(error, DeviceLost)
+        lost = isinstance(error, DeviceLost)
         log.critical("the executor died; this process takes no more calls", exc_info=error)
         self._failed.set()
         if lost:
@@ -166,6 +164,7 @@ class Executor:
         for tickets in list(self._running):
             _fail(tickets, unavailable(why))
         self._free.put(self._stagings[0])  # an executor that waits for one sees that it is over
+        self._over.set()
         if lost:
             _hold_on()
 

@@ -26,6 +26,9 @@ class Held(NamedTuple):
         return Held(self.tokens - call.tokens, self.nbytes - call.nbytes, self.calls - 1)
 
 
+NOTHING = Held()
+
+
 class Queued(Protocol):
     """What the ledger needs to know of a call."""
 
@@ -79,12 +82,13 @@ class Ledger:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.total = Held()
+        self.total = NOTHING
         self.clients: dict[str, Held] = {}
 
     def enter(self, call: Queued) -> None:
         self.total = self.total.plus(call)
-        self.clients[call.client] = self.clients.get(call.client, Held()).plus(call)
+        held = self.clients.get(call.client)
+        self.clients[call.client] = (held or NOTHING).plus(call)
 
     def leave(self, call: Queued) -> None:
         self.total = self.total.minus(call)
@@ -101,7 +105,7 @@ class Ledger:
         """
         if not self.total.calls:
             return ()
-        mine = self.clients.get(newcomer.client, Held()).plus(newcomer)
+        mine = self.clients.get(newcomer.client, NOTHING).plus(newcomer)
         self._check_share(mine, others=len(self.clients.keys() - {newcomer.client}))
         limit = self.budget.exceeded(self.total.plus(newcomer))
         return self._victims(newcomer, mine, queue, limit) if limit else ()

@@ -135,19 +135,8 @@ class Staging:
 
     def times(self) -> BatchTimes:
         """How long each stage took."""
-
-        def took(begin: Mark, end: Mark) -> int:
-            return self._between(begin, end)
-
-        return BatchTimes(
-            stage_in=took(Mark.BEGIN, Mark.STAGED),
-            route=took(Mark.READY, Mark.ROUTED),
-            kernel=took(Mark.ROUTED, Mark.COMPUTED),
-            stage_out=took(Mark.COMPUTED, Mark.OUT),
-        )
-
-    def _between(self, begin: Mark, end: Mark) -> int:
-        return self._moments[end] - self._moments[begin]
+        begin, staged, ready, routed, computed, out = self._moments
+        return BatchTimes(staged - begin, routed - ready, computed - routed, out - computed)
 
 
 def copy_bytes(out: memoryview, data: memoryview) -> None:

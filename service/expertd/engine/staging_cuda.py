@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from expertd.engine.observer import BatchTimes
+from expertd.engine.pinned import PinnedPool
 from expertd.engine.staging import Mark, Staging, StagingBuffer
 from expertd.engine.ticket import Ticket
 
@@ -38,14 +40,18 @@ class PinnedBuffer(StagingBuffer):
 
 
 class CudaStaging(Staging):
-    """The buffers, events and streams of one batch at a time; the streams are shared."""
+    """The buffers and events of one batch at a time; streams and results' memory are shared."""
 
     def __init__(
-        self, device: torch.device, inward: torch.cuda.Stream, outward: torch.cuda.Stream
+        self,
+        device: torch.device,
+        inward: torch.cuda.Stream,
+        outward: torch.cuda.Stream,
+        results: PinnedPool,
     ) -> None:
         super().__init__(lambda: PinnedBuffer(device))
         self._device = device
-        self._inward, self._outward = inward, outward
+        self._inward, self._outward, self._results = inward, outward, results
         self._events = [_event() for _ in Mark]
 
     def stage(self, name: str, tickets: Sequence[Ticket]) -> Tensor | None:
@@ -68,7 +74,10 @@ class CudaStaging(Staging):
         """The copies' sources must be kept until wait_out()."""
         self._outward.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._outward):
-            return [None if tensor is None else _out(tensor) for tensor in tensors]
+            return [None if tensor is None else self._out(tensor) for tensor in tensors]
+
+    def _out(self, tensor: Tensor) -> Tensor:
+        return self._results.take(tensor).copy_(tensor, non_blocking=True)
 
     def wait_computed(self) -> None:
         self._events[Mark.COMPUTED].synchronize()
@@ -80,6 +89,14 @@ class CudaStaging(Staging):
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
 
+    def times(self) -> BatchTimes:
+        return BatchTimes(
+            self._between(Mark.BEGIN, Mark.STAGED),
+            self._between(Mark.READY, Mark.ROUTED),
+            self._between(Mark.ROUTED, Mark.COMPUTED),
+            self._between(Mark.COMPUTED, Mark.OUT),
+        )
+
     def _between(self, begin: Mark, end: Mark) -> int:
         return int(self._events[begin].elapsed_time(self._events[end]) * 1e6)
 
@@ -89,15 +106,10 @@ def _event() -> torch.cuda.Event:
     return event
 
 
-def _out(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, which torch keeps and hands out again."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
-
-
 def stagings(device: torch.device) -> list[Staging]:
     """As many as batches may be under way on the device at once."""
     if device.type == "cpu":
         return [Staging()]
     inward, outward = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
-    return [CudaStaging(device, inward, outward) for _ in range(BATCHES)]
+    results = PinnedPool()
+    return [CudaStaging(device, inward, outward, results) for _ in range(BATCHES)]
