@@ -31,10 +31,15 @@ from tests.e2e.fleet import Replica, replicas
 from expertd.weights.writer import write_json, write_shards
 from expertd_client import ExpertPool
 
+STARTED = time.monotonic()
 LEAST_PER_REPLICA = 0.85
 SPLIT_CALLS = 7
+MOST_SECONDS = 300.0
+"""Of a load that ends when a replica is back."""
 WARM_SECONDS = 5.0
 """For callers to connect and to make their rows."""
+OVER: Any = None
+"""In a caller's process, the event that ends its load."""
 SEEN_SECONDS = 2.0
 """The time within which a pool has to see a death or a return."""
 
@@ -96,12 +101,19 @@ def random_rows(rows: int, hidden: int, experts: int) -> tuple[Any, dict[str, An
     return states, {"topk_ids": ids.astype(np.int32), "topk_weights": weights}
 
 
+def begin_caller(all_up: Any, over: Any) -> None:
+    """The first thing that a caller's process does; whoever sets over ends its load early."""
+    global OVER
+    OVER = over
+    all_up.wait()
+
+
 def caller(load: Load) -> list[Ended]:
     """Every call's times; runs in a process of its own."""
     done = []
     with ExpertPool(load.targets, shard="tokens") as pool:
         states, routing = question(pool, load.rows)
-        while (begin := time.monotonic()) < load.until:
+        while (begin := time.monotonic()) < load.until and not OVER.is_set():
             pool.forward("m", 0, states, timeout=60, **routing)
             done.append(Ended(begin, time.monotonic()))
     return done
@@ -119,8 +131,9 @@ class Callers:
     def __init__(self, rows: int, count: int) -> None:
         self._rows = rows
         spawned = multiprocessing.get_context("spawn")
+        self.over = spawned.Event()
         all_up = spawned.Barrier(count + 1)
-        self._processes = ProcessPoolExecutor(count, spawned, all_up.wait)
+        self._processes = ProcessPoolExecutor(count, spawned, begin_caller, (all_up, self.over))
         for _ in range(count):
             self._processes.submit(int)
         all_up.wait()
@@ -160,16 +173,17 @@ def death(
     """Rows a second before a replica is killed, without it, and after its return."""
     targets = [replica.grpc for replica in fleet]
     seconds = args.seconds
-    wait = callers.begin(targets, count, WARM_SECONDS + args.return_seconds + 3 * seconds)
+    wait = callers.begin(targets, count, MOST_SECONDS)
     time.sleep(WARM_SECONDS + seconds)
     dies = time.monotonic()
     fleet[-1].end()
     fleet[-1].start()
     returned = time.monotonic()
+    time.sleep(SEEN_SECONDS + seconds)
+    callers.over.set()
     calls = wait()
-    last = max(call.end for call in calls)
     gone = dies + SEEN_SECONDS, returned
-    back = returned + SEEN_SECONDS, min(last, returned + SEEN_SECONDS + seconds)
+    back = returned + SEEN_SECONDS, returned + SEEN_SECONDS + seconds
     return {
         "before": rate(calls, args.rows, dies - seconds, dies),
         "without it": rate(calls, args.rows, *gone),
@@ -179,10 +193,10 @@ def death(
     }
 
 
-def measure(fleet: Sequence[Replica], args: argparse.Namespace) -> dict[str, Any]:
+def measure(fleet: Sequence[Replica], args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Adds every figure to found as soon as it is known."""
     targets, many = [replica.grpc for replica in fleet], len(fleet)
     callers = Callers(args.rows, many * args.callers)
-    found: dict[str, Any] = {"replicas": many, "rows of a call": args.rows}
     tell(found, "one", callers.rate(targets[:1], args.callers, args.seconds))
     tell(found, "all", callers.rate(targets, many * args.callers, args.seconds))
     tell(found, f"all / one / N (goal {LEAST_PER_REPLICA})", found["all"] / found["one"] / many)
@@ -196,12 +210,11 @@ def measure(fleet: Sequence[Replica], args: argparse.Namespace) -> dict[str, Any
         tell(found, f"death: {name}", value)
     tell(found, "death: without it / all but one", found["death: without it"] / survivors)
     callers.close()
-    return found
 
 
 def tell(found: dict[str, Any], name: str, value: float) -> None:
     found[name] = round(value, 3)
-    print(f"{name:55} {value:12.3f}", flush=True)
+    print(f"{time.monotonic() - STARTED:6.1f} {name:55} {value:12.3f}", flush=True)
 
 
 def arguments() -> argparse.Namespace:
@@ -213,10 +226,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--callers", type=int, default=3, help="processes for each replica")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    parser.add_argument(
-        "--return-seconds", type=float, default=60.0, help="a restart takes so long"
-    )
     parser.add_argument("--dir", type=Path, help="where the layer is written")
+    parser.add_argument(
+        "--serve", default="", metavar="FLAGS", help="further flags of each replica"
+    )
     parser.add_argument("--out", type=Path, help="write the numbers there as JSON")
     return parser.parse_args()
 
@@ -227,12 +240,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.dir) as home:
         model = Path(home) / "model"
         write(model, args.experts, args.hidden, args.width)
-        flags = ("--model", f"m={model}")
+        flags = ("--model", f"m={model}", *args.serve.split())
         ranges = (f"0-{args.experts - 1}",) * len(devices)
+        found: dict[str, Any] = {"replicas": len(devices), "rows of a call": args.rows}
+        tell(found, "written after, s", time.monotonic() - STARTED)
         with replicas(Path(home), *flags, ranges=ranges, devices=devices) as fleet:
-            found = measure(fleet, args)
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1))
+            tell(found, "ready after, s", time.monotonic() - STARTED)
+            try:
+                measure(fleet, args, found)
+            finally:
+                if args.out:
+                    args.out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -73,13 +73,16 @@ class Replica:
 
     def answered(self, model: str) -> int:
         """How many calls of this process ended well."""
+        return self._sum("expertd_requests_total", model=model, code="OK")
+
+    def weights_bytes(self, model: str) -> int:
+        """What the experts held take."""
+        return self._sum("expertd_weights_bytes", model=model)
+
+    def _sum(self, metric: str, **wanted: str) -> int:
+        samples = scrape(self.http).items()
         return int(
-            sum(
-                value
-                for (name, labels), value in scrape(self.http).items()
-                if name == "expertd_requests_total"
-                and {("model", model), ("code", "OK")} <= set(labels)
-            )
+            sum(v for (name, labels), v in samples if name == metric and wanted.items() <= labels)
         )
 
     @property

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,7 @@ class Storm:
     windows: Windows
     dice: random.Random
     until: float
+    alone: threading.Lock
     came: Counter[str] = field(default_factory=Counter)
 
     def rage(self) -> None:
@@ -214,27 +215,33 @@ class Storm:
             self.dice.shuffle(self.fates)
 
     def strike(self, fate: Fate | None) -> None:
-        if fate is None:
-            with self.windows.marked():
-                both = [threading.Thread(target=kill, args=(r, self.dice)) for r in self.pair]
-                for thread in both:
-                    thread.start()
-                for thread in both:
-                    thread.join()
+        # A window in one range must not excuse calls that a frozen replica of the other loses.
+        with self.alone if fate in (freeze, None) else nullcontext():
+            if fate is None:
+                self.outage()
+            else:
+                fate(self.dice.choice(self.pair), self.dice)
                 time.sleep(SETTLED)
-        else:
-            fate(self.dice.choice(self.pair), self.dice)
-            time.sleep(SETTLED)
         self.came[getattr(fate, "__name__", "outage")] += 1
+
+    def outage(self) -> None:
+        """Kills both, in a marked window."""
+        with self.windows.marked():
+            both = [threading.Thread(target=kill, args=(r, self.dice)) for r in self.pair]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join()
+            time.sleep(SETTLED)
 
 
 def storms(fleet: list[Replica], windows: Windows, dice: random.Random) -> list[Storm]:
     """One for each range; they begin at different fates."""
     until, half = time.monotonic() + SECONDS, len(FATES) // 2
     decks = [list(FATES), list(FATES[half:] + FATES[:half])]
-    pairs = [fleet[:2], fleet[2:]]
+    pairs, alone = [fleet[:2], fleet[2:]], threading.Lock()
     return [
-        Storm(pair, deck, windows, random.Random(dice.random()), until)
+        Storm(pair, deck, windows, random.Random(dice.random()), until, alone)
         for pair, deck in zip(pairs, decks, strict=True)
     ]
 

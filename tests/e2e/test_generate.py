@@ -79,6 +79,10 @@ def test_the_same_tokens_while_a_replica_dies_and_returns(
     here = generate(model)
     assert len({token for row in here for token in row}) > 3
 
+    experts = [m for name, m in model.named_modules() if name.endswith(".experts")]
+    weights = sum(p.nbytes for module in experts for p in module.parameters())
+    assert {replica.weights_bytes(family) for replica in fleet} == {weights // 2}
+
     remote = register(pool, timeout=60)
     remote.attach(model, family)
     remote.release(model)
