@@ -40,6 +40,43 @@ class Router:
     bias: Floats | None = None
 
 
+def route(
+    method: str,
+    logits: NDArray[Any],
+    *,
+    bias: NDArray[Any] | None = None,
+    top_k: int,
+    n_group: int | None = None,
+    topk_group: int | None = None,
+    scale: float = 1.0,
+    renormalize: bool = True,
+    eps: float | None = None,
+    group_fill: float | None = None,
+    group_score: str = "top2",
+) -> Chosen:
+    """Experts of each row, best first, and their weights: (ids [T, K] int32, weights float32).
+
+    The arguments are those of the server's expertd.routing.route, arrays numpy's. Raises
+    InvalidArgument for settings or logits that make no sense.
+    """
+    router = Router(
+        method=str(method),
+        num_experts=logits.shape[1] if logits.ndim == 2 else 0,
+        top_k=top_k,
+        n_group=n_group or 1,
+        topk_group=topk_group or n_group or 1,
+        scale=scale,
+        renormalize=renormalize,
+        eps=eps,
+        group_fill=-np.inf if group_fill is None else group_fill,
+        group_score=group_score,
+        bias=None if bias is None else bias.astype(np.float32),
+    )
+    if wrong := _wrong(router):
+        raise InvalidArgument(f"routing settings make no sense: {', '.join(wrong)} of {router}")
+    return route_for(router, logits)
+
+
 def router_of(layer: pb.LayerInfo) -> Router:
     """The settings that a server tells of its layer.
 
@@ -65,12 +102,13 @@ def router_of(layer: pb.LayerInfo) -> Router:
         group_score=told.group_score or "top2",
         bias=_bias(told.correction_bias) if told.HasField("correction_bias") else None,
     )
-    _check(router)
+    if wrong := _wrong(router):
+        raise ExpertdError(f"the server's routing makes no sense: {', '.join(wrong)} of {router}")
     return router
 
 
-def route(router: Router, logits: NDArray[Any]) -> Chosen:
-    """Experts of each row, best first, and their weights: (ids [T, K] int32, weights float32).
+def route_for(router: Router, logits: NDArray[Any]) -> Chosen:
+    """route with a layer's own settings.
 
     logits [T, E] float32, bfloat16 or float16; -inf masks an expert. Ties go to the lower id; the
     routed scale is in the weights. Raises InvalidArgument for logits that no row can be chosen of.
@@ -236,17 +274,17 @@ def _bias(told: pb.Tensor) -> Floats:
     return to_numpy(tensor).astype(np.float32)
 
 
-def _check(router: Router) -> None:
-    """Raises ExpertdError for settings that a server never means."""
+def _wrong(router: Router) -> list[str]:
+    """The names of settings that cannot be meant."""
     groups, experts = router.n_group, router.num_experts
     size = experts // groups if groups > 0 else 0
     wrong = {
+        "method": router.method not in FORMULAS,
         "top_k": not 1 <= router.top_k <= experts,
         "n_group": groups < 1 or size * groups != experts,
         "topk_group": not 1 <= router.topk_group <= groups,
         "group_score": router.group_score not in GROUP_SCORES
         or (router.group_score == "top2" and groups > 1 and size < 2),
-        "correction_bias": router.bias is not None and router.bias.shape != (experts,),
+        "bias": router.bias is not None and router.bias.shape != (experts,),
     }
-    if names := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise ExpertdError(f"the server's routing makes no sense: {', '.join(names)} of {router}")
+    return [name for name, is_wrong in wrong.items() if is_wrong]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from expertd_client.errors import Unavailable
 from expertd_client.fleet.link import Link
-from expertd_client.routing import Router, route
+from expertd_client.routing import Router, route_for
 from expertd_wire.codec import decode_forward_call, encode_forward_reply
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.methods import LIST_LAYERS
@@ -37,7 +37,7 @@ def truth(rows: Any, ids: Any, weights: Any, table: Any = TABLE) -> NDArray[np.f
 
 
 def routed(logits: Any) -> tuple[Any, Any]:
-    return route(ROUTER, logits)
+    return route_for(ROUTER, logits)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from expertd.core import RoutingMethod
 from expertd.routing import reference
 from expertd.routing.methods import TRAITS, UNKNOWABLE
 from expertd_client.errors import ExpertdError, InvalidArgument, NoUsablePlan
-from expertd_client.routing import FORMULAS, Router, route, router_of
+from expertd_client.routing import FORMULAS, Router, route, route_for, router_of
 from expertd_wire.v1 import experts_pb2 as pb
 
 EXPERTS = 32
@@ -76,7 +76,7 @@ def test_equal_to_the_reference(asked: dict[str, Any], given_logits: dict[str, A
     chosen = settings_of(asked, given_logits["seed"])
     fill = chosen.pop("group_fill")
     router = Router(num_experts=EXPERTS, **chosen, group_fill=-math.inf if fill is None else fill)
-    ids, weights = route(router, values)
+    ids, weights = route_for(router, values)
     told = dict(chosen, group_fill=fill)
     bias = told.pop("bias")
     plain = torch.from_numpy(values.astype(np.float32))
@@ -87,10 +87,16 @@ def test_equal_to_the_reference(asked: dict[str, Any], given_logits: dict[str, A
         **told,
     )
     assert ids.dtype == np.int32 and weights.dtype == np.float32
+    again = route(router.method, values, **drop_method(chosen), group_fill=fill)
+    assert (again[0] == ids).all() and again[1].tobytes() == weights.tobytes()
     same = (ids == expected_ids.numpy()).all(axis=1)
     for row in np.flatnonzero(~same):
         assert ties(router, values[row : row + 1], ids[row], expected_ids[row].numpy())
     np.testing.assert_allclose(weights[same], expected.numpy()[same], rtol=1e-6, atol=1e-37)
+
+
+def drop_method(chosen: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in chosen.items() if name != "method"}
 
 
 def ties(router: Router, row: Any, ids: Any, expected: Any) -> bool:
@@ -117,7 +123,7 @@ def ties(router: Router, row: Any, ids: Any, expected: Any) -> bool:
 def test_ties_go_to_the_lower_id(method: str) -> None:
     levels = np.random.default_rng(7).integers(-2, 3, (16, 16)).astype(np.float32)
     levels[0] = [-0.0, 0.0] * 8
-    ids, _ = route(Router(method=method, num_experts=16, top_k=7), levels)
+    ids, _ = route_for(Router(method=method, num_experts=16, top_k=7), levels)
     for row, chosen in zip(levels.tolist(), ids.tolist(), strict=True):
         assert chosen == sorted(range(16), key=lambda i: (-row[i], i))[:7]
 
@@ -128,7 +134,7 @@ def test_a_masked_expert_stays_masked_where_groups_are_filled_with_zero() -> Non
     router = Router(
         method="DeepSeekV3", num_experts=8, top_k=3, n_group=2, topk_group=1, group_fill=0.0
     )
-    ids, weights = route(router, values)
+    ids, weights = route_for(router, values)
     expected, expected_weights = reference.route(
         "DeepSeekV3", torch.from_numpy(values), top_k=3, n_group=2, topk_group=1, group_fill=0.0
     )
@@ -142,7 +148,7 @@ def test_every_method_of_the_server_is_there() -> None:
 
 def test_no_rows() -> None:
     for method in METHODS:
-        ids, weights = route(
+        ids, weights = route_for(
             Router(method=method, num_experts=8, top_k=2), np.empty((0, 8), np.float32)
         )
         assert ids.shape == weights.shape == (0, 2)
@@ -154,11 +160,29 @@ def test_logits_that_cannot_be_routed(bad: float) -> None:
     values = np.zeros((3, 4), np.float32)
     values[1, 2] = bad
     with pytest.raises(InvalidArgument, match="row 1 has NaN"):
-        route(router, values)
+        route_for(router, values)
     with pytest.raises(InvalidArgument, match="fewer than 2 finite"):
-        route(router, np.array([[0.0, -math.inf, -math.inf, -math.inf]], np.float32))
+        route_for(router, np.array([[0.0, -math.inf, -math.inf, -math.inf]], np.float32))
     with pytest.raises(InvalidArgument, match=r"\[tokens, 4\] accepted"):
-        route(router, np.zeros((3, 5), np.float32))
+        route_for(router, np.zeros((3, 5), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 9}, "top_k"),
+        ({"n_group": 3}, "n_group"),
+        ({"n_group": 2, "topk_group": 3}, "topk_group"),
+        ({"group_score": "median"}, "group_score"),
+        ({"bias": np.zeros(7, np.float32)}, "bias"),
+        ({"method": "Quantum"}, "method"),
+    ],
+)
+def test_settings_that_cannot_be_meant(changes: dict[str, Any], name: str) -> None:
+    chosen: dict[str, Any] = {"method": "DeepSeekV3", "top_k": 2} | changes
+    with pytest.raises(InvalidArgument, match=f"no sense: .*{name}"):
+        route(logits=np.zeros((1, 8), np.float32), **chosen)
 
 
 def told(**changes: Any) -> pb.LayerInfo:

@@ -10,7 +10,7 @@ import numpy as np
 
 from expertd_client.arrays import kind_of
 from expertd_client.errors import ExpertdError, InvalidArgument, NoUsablePlan, Unavailable
-from expertd_client.routing import route, router_of
+from expertd_client.routing import route_for, router_of
 from expertd_client.sharding import Rows, Work, take_rows
 from expertd_wire.codec import decode_forward_reply, encode_forward_call
 from expertd_wire.messages import ForwardCall, ForwardReply
@@ -156,7 +156,7 @@ def work_by_experts(call: PoolCall, layer: pb.LayerInfo) -> Work:
 def _routed(logits: Rows, layer: pb.LayerInfo) -> tuple[Rows, Rows]:
     if not layer.HasField("routing"):
         raise NoUsablePlan("this layer cannot route from logits; send topk_ids and topk_weights")
-    return route(router_of(layer), logits)
+    return route_for(router_of(layer), logits)
 
 
 def _given(call: PoolCall, layer: pb.LayerInfo) -> tuple[Rows, Rows]:
