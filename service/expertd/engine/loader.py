@@ -17,6 +17,7 @@ from expertd.capability.row import Row, State
 from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
 from expertd.engine.choice import likely_backends
+from expertd.engine.forms import warm_up_forms
 from expertd.engine.graphs import Graphs
 from expertd.engine.layouts import Layouts
 from expertd.engine.resident import LayerState, Resident, Residents, Trust
@@ -29,6 +30,7 @@ from expertd.proof.selfcheck import self_check
 from expertd.proof.shape import Layer
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.digest import weights_digest
+from expertd.weights.fingerprint import checkpoint_digest
 from expertd.weights.layers import survey
 from expertd.weights.load import load_layer
 from expertd.weights.progress import Meter
@@ -130,6 +132,7 @@ class Loader:
                     checkpoint, resident.layer, resident.spec, self._torch_device, progress=meter
                 )
             resident.digest = weights_digest(resident.weights, resident.bias)
+            resident.checkpoint_digest = checkpoint_digest(checkpoint, resident.layer)
             with self._apart():
                 self._build_backends(resident)
         except ExpertdError as error:
@@ -158,6 +161,7 @@ class Loader:
         for row in self._rows(resident):
             self._build(row, resident)
         resident.judged(self._prover.states(resident.backends), Timings())
+        warm_up_forms(rivals(resident).values(), self._torch_device)
         self._self_check(resident)
         with self._graphs.apart(rivals(resident).values()):
             self._tuner.tune(resident)
