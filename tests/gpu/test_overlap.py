@@ -32,7 +32,7 @@ from expertd.engine.flight import Flight
 from expertd.engine.launch import launch
 from expertd.engine.loader import identity_spec
 from expertd.engine.policy import Rules
-from expertd.engine.resident import LayerState, Resident, Residents
+from expertd.engine.resident import LayerState, Resident, Residents, Trust
 from expertd.engine.staging import Mark
 from expertd.engine.staging_cuda import CudaStaging, stagings
 from expertd.engine.ticket import Ticket
@@ -51,7 +51,7 @@ BUSY_CYCLES = 100_000_000
 
 
 def layer(spec: LayerSpec, backends: list[Backend], model: str = "m") -> Resident:
-    found = Resident(model, 0, spec, detect("cuda:0"))
+    found = Resident(model, 0, spec, detect("cuda:0"), trust=Trust(declared=True))
     found.backends = {backend.row.cell(spec.quant): backend for backend in backends}
     found.state = LayerState.READY
     return found

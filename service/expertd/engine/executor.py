@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
-from typing import NoReturn
 
 import torch
 
@@ -56,7 +54,8 @@ class Executor:
         self._running: list[Sequence[Ticket]] = []
         self._failed = threading.Event()
         self._over = threading.Event()
-        self._wreck: BaseException | None = None
+        self._dying = threading.Lock()
+        self._wrecks: list[BaseException] = []
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._lander = threading.Thread(target=self._land_all, name="lander", daemon=True)
 
@@ -153,26 +152,19 @@ class Executor:
     def _die(self, error: BaseException) -> None:
         lost = isinstance(error, DeviceLost)
         log.critical("the executor died; this process takes no more calls", exc_info=error)
-        self._failed.set()
-        if lost:
-            # Freeing what a lost device was told to write ends the process before its time: the
-            # error's frames keep it.
-            self._wreck = error
-            self._on_lost()
-        why = LOST if lost else BROKEN
-        self._batcher.fail_all(why)
-        for tickets in list(self._running):
-            _fail(tickets, unavailable(why))
+        with self._dying:
+            self._failed.set()
+            if lost:
+                # Freeing what a lost device was told to write ends the process before its time: the
+                # error's frames keep it.
+                self._wrecks.append(error)
+                self._on_lost()
+            why = LOST if lost else BROKEN
+            self._batcher.fail_all(why)
+            for tickets in list(self._running):
+                _fail(tickets, unavailable(why))
         self._free.put(self._stagings[0])  # an executor that waits for one sees that it is over
         self._over.set()
-        if lost:
-            _hold_on()
-
-
-def _hold_on() -> NoReturn:
-    """Never lets go of the tensors of a lost device: their end would abort the process."""
-    while True:
-        time.sleep(3600)
 
 
 def _recover(staging: Staging) -> None:
