@@ -29,8 +29,10 @@ class PinnedBuffer(StagingBuffer):
         super().__init__()
 
     def _allocate(self, size: int) -> None:
+        # Both, or neither: where there is no memory, the smaller pair goes on.
+        twin = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._keep(torch.empty(size, dtype=torch.uint8, pin_memory=True))
-        self._twin = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._twin = twin
 
     def _view(self, dtype: str, rows: int, columns: int) -> Tensor:
         """The twin's beginning as [rows, columns], with the copy to it under way."""
