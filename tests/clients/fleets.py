@@ -48,6 +48,7 @@ class FakeServer:
     begin: int = 0
     end: int = EXPERTS
     digest: str = ""
+    checkpoint: str = ""
     table: NDArray[np.float32] = field(default_factory=lambda: TABLE)
     serving: bool = True
     reachable: bool = True
@@ -80,6 +81,7 @@ class FakeServer:
             top_k=TOP_K,
             routing=routing,
             weights_digest=self.digest or f"{self.begin}-{self.end}",
+            checkpoint_digest=self.checkpoint,
             generation=self.generation,
             queued_tokens=self.queued,
             detail="as told by a test",

@@ -333,6 +333,25 @@ def test_twins_that_differ_are_refused() -> None:
     assert not fleet[2].calls and not fleet[3].calls
 
 
+def test_ranges_of_two_checkpoints_are_never_mixed() -> None:
+    """Their digests are of different ranges and tell nothing; that of the checkpoint does."""
+    fleet = ranges((0, 8), (8, 16), (8, 16))
+    for server, checkpoint in zip(fleet, ("old", "new", "new"), strict=True):
+        server.checkpoint = checkpoint
+    with pool_over(fleet, wait_for_experts=False) as pool:
+        pool.layers(MODEL)
+        with pytest.raises(ExpertsUnavailable, match="experts 0-7 .*other weights .*r0:1"):
+            ask(pool)
+        assert fleet.attempts == 0
+        with pytest.raises(ExpertsUnavailable):
+            ask(pool, partial="refuse")
+        fleet[0].serving = False
+        until(lambda: len(pool.layers(MODEL)) == 2)
+        fleet[0].checkpoint, fleet[0].serving = "new", True
+        until(lambda: len(pool.layers(MODEL)) == 3)
+        right(ask(pool).output, ROWS, LOGITS)
+
+
 def test_weights_are_never_mixed_in_a_call(caplog: pytest.LogCaptureFixture) -> None:
     """Three replicas of old weights and two of new: a call has one kind, whoever fails."""
     old = [FakeServer(f"old{n}:1", digest="old") for n in range(3)]

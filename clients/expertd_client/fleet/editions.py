@@ -48,7 +48,8 @@ class Edition:
 def editions(offers: Iterable[Offer]) -> list[Edition]:
     """Offers that may be mixed, by their settings and digests.
 
-    A digest is of the experts in its range, so equal ranges must have equal ones. Where partial
+    checkpoint_digest is of the whole layer, whatever is held of it. weights_digest is of the
+    experts in a range as they were loaded, so equal ranges must have equal ones; where partial
     ranges contradict each other, none of them can be told to be right, and none is used.
     """
     by_settings: dict[bytes, list[Offer]] = defaultdict(list)
@@ -76,6 +77,7 @@ def _settings(layer: pb.LayerInfo) -> bytes:
         routing=layer.routing if layer.HasField("routing") else None,
         activation=layer.activation if layer.HasField("activation") else None,
         quant=layer.quant,
+        checkpoint_digest=layer.checkpoint_digest,
     )
     data: bytes = told.SerializeToString(deterministic=True)
     return data

@@ -116,8 +116,15 @@ class Placement:
         else:
             experts = np.unique(missing.ids[missing.ids >= 0])
             text = f"no replica can be asked for experts {_ranges(experts)}"
-        mismatch = self.edition.mismatch
-        return f"{text} ({mismatch})" if mismatch else text
+        reasons = [self.edition.mismatch] if self.edition.mismatch else []
+        if others := self._others():
+            reasons.append(f"of other weights or settings: {', '.join(others)}")
+        return f"{text} ({'; '.join(reasons)})" if reasons else text
+
+    def _others(self) -> list[str]:
+        """Replicas of the same layer that cannot be mixed with those of this call."""
+        found = self._fleet.editions(*self._layer)
+        return sorted(o.target for e in found if e.key != self.edition.key for o in e.offers)
 
     def unavailable(self, texts: Sequence[str]) -> ExpertsUnavailable:
         """The error that names the layer and what it lacks."""

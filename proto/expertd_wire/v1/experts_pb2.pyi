@@ -150,7 +150,7 @@ class PlanInfo(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., mode: _Optional[str] = ..., entry: _Optional[str] = ..., state: _Optional[str] = ..., microseconds: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class LayerInfo(_message.Message):
-    __slots__ = ("model", "layer", "state", "hidden", "intermediate", "num_experts", "expert_begin", "expert_end", "top_k", "routing", "activation", "quant", "weights_digest", "generation", "queued_tokens", "plans", "detail", "expert_rows")
+    __slots__ = ("model", "layer", "state", "hidden", "intermediate", "num_experts", "expert_begin", "expert_end", "top_k", "routing", "activation", "quant", "weights_digest", "generation", "queued_tokens", "plans", "detail", "expert_rows", "checkpoint_digest")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +169,7 @@ class LayerInfo(_message.Message):
     PLANS_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     EXPERT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     model: str
     layer: int
     state: str
@@ -187,7 +188,8 @@ class LayerInfo(_message.Message):
     plans: _containers.RepeatedCompositeFieldContainer[PlanInfo]
     detail: str
     expert_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., state: _Optional[str] = ..., hidden: _Optional[int] = ..., intermediate: _Optional[int] = ..., num_experts: _Optional[int] = ..., expert_begin: _Optional[int] = ..., expert_end: _Optional[int] = ..., top_k: _Optional[int] = ..., routing: _Optional[_Union[RoutingInfo, _Mapping]] = ..., activation: _Optional[_Union[ActivationInfo, _Mapping]] = ..., quant: _Optional[str] = ..., weights_digest: _Optional[str] = ..., generation: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., plans: _Optional[_Iterable[_Union[PlanInfo, _Mapping]]] = ..., detail: _Optional[str] = ..., expert_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    checkpoint_digest: str
+    def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., state: _Optional[str] = ..., hidden: _Optional[int] = ..., intermediate: _Optional[int] = ..., num_experts: _Optional[int] = ..., expert_begin: _Optional[int] = ..., expert_end: _Optional[int] = ..., top_k: _Optional[int] = ..., routing: _Optional[_Union[RoutingInfo, _Mapping]] = ..., activation: _Optional[_Union[ActivationInfo, _Mapping]] = ..., quant: _Optional[str] = ..., weights_digest: _Optional[str] = ..., generation: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., plans: _Optional[_Iterable[_Union[PlanInfo, _Mapping]]] = ..., detail: _Optional[str] = ..., expert_rows: _Optional[_Iterable[int]] = ..., checkpoint_digest: _Optional[str] = ...) -> None: ...
 
 class GetCapabilitiesRequest(_message.Message):
     __slots__ = ()

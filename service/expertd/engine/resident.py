@@ -54,6 +54,7 @@ class Resident:
     detail: str = ""
     generation: int = 0
     digest: str = ""
+    checkpoint_digest: str = ""
     weights: ExpertWeights | None = None
     bias: Tensor | None = None
     backends: dict[Cell, Backend] = field(default_factory=dict)

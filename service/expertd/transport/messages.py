@@ -40,6 +40,7 @@ def layer_info(resident: Resident) -> pb.LayerInfo:
         activation=_activation_info(spec.activation) if spec.num_experts else None,
         quant=spec.quant if spec.num_experts else "",
         weights_digest=resident.digest,
+        checkpoint_digest=resident.checkpoint_digest,
         generation=resident.generation,
         queued_tokens=resident.queued_tokens,
         plans=[_plan_info(plan, resident) for plan in likely_plans(resident)],
