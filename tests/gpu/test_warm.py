@@ -48,7 +48,7 @@ def test_no_call_compiles(row: Row, quant: QuantScheme) -> None:
     with compiled() as names:
         given = (row, spec, replace(weights, **moved), None, DEVICE)
         backend = build(*given, token_buckets(LARGEST))
-        warm_up_forms([backend], DEVICE)
+        warm_up_forms([backend], DEVICE, token_buckets(LARGEST))
     print(len(names), "kernels compiled while loading")
     with compiled() as names:
         for tokens in SIZES:

@@ -161,7 +161,7 @@ class Loader:
         for row in self._rows(resident):
             self._build(row, resident)
         resident.judged(self._prover.states(resident.backends), Timings())
-        warm_up_forms(rivals(resident).values(), self._torch_device)
+        warm_up_forms(rivals(resident).values(), self._torch_device, self._tuner.buckets)
         self._self_check(resident)
         with self._graphs.apart(rivals(resident).values()):
             self._tuner.tune(resident)
