@@ -46,9 +46,9 @@ def put(tensor: torch.Tensor) -> Callable[[Path], object]:
     return lambda root: edit_tensors(root / SHARDS[1], lambda held: held.update({DOWN: tensor}))
 
 
-def index(file: str) -> Callable[[Path], object]:
+def index(file: str, name: str = DOWN) -> Callable[[Path], object]:
     return lambda root: edit_json(
-        root / INDEX, lambda index: index["weight_map"].update({DOWN: file})
+        root / INDEX, lambda index: index["weight_map"].update({name: file})
     )
 
 
@@ -71,6 +71,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a truncated shard": (truncated, SHARDS[1]),
     "a shard that is not there": (lambda root: (root / SHARDS[1]).unlink(), SHARDS[1]),
+    "a router in a shard that is not there": (
+        index("model-00003-of-00002.safetensors", "model.layers.1.mlp.gate.weight"),
+        "model-00003-of-00002.safetensors: No such file",
+    ),
     "a pickle in place of a shard": (pickled, SHARDS[1]),
     "a link that leads out": (led_out, f"{SHARDS[1]}: leads to .*outside the checkpoint"),
     "an index that leads out": (index("../../secret"), "leads to .*outside the checkpoint"),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expertd.routing import route
 from expertd.weights.tiny import TINY, Tiny
-from expertd_client import Client
+from expertd_client import Client, ExpertdError
 from expertd_wire.v1 import experts_pb2 as pb
 
 pytestmark = pytest.mark.slow
@@ -79,6 +79,9 @@ def test_a_served_family_is_its_own_block(served: Served, model: str, dtype: str
         assert_same_by_ids(served.client, info, seen, TOLERANCE[dtype])
         if info.routing.method:
             assert_same_by_logits(served.client, info, seen, dtype)
+            continue
+        with pytest.raises(ExpertdError, match="topk_ids"):
+            served.client.forward(name, layer, seen.rows, router_logits=seen.logits)
     without = {layer for layer, info in layers.items() if not info.routing.method}
     everywhere = MODELS[model].model_type in BY_IDS_ONLY
     assert without == (set(layers) if everywhere else {0} if model == "deepseek_v4" else set())
