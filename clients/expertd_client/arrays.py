@@ -7,6 +7,7 @@ import sys
 from typing import Any, Protocol, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expertd_client.errors import InvalidArgument
 from expertd_wire.tensors import WireTensor
@@ -20,6 +21,9 @@ class ArrayKind(Protocol):
 
     def from_wire(self, tensor: WireTensor, like: Any) -> Any:
         """A writable array of its own memory, on the device of like."""
+
+    def adopt(self, array: NDArray[Any], like: Any) -> Any:
+        """The same in the memory of array, which is writable and nobody else's, if it can be."""
 
 
 def kind_of(name: str, value: object) -> ArrayKind:

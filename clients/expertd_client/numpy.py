@@ -17,3 +17,8 @@ def to_wire(array: NDArray[Any]) -> WireTensor:
 def from_wire(tensor: WireTensor, like: NDArray[Any]) -> NDArray[Any]:
     """A writable array with tensor's dtype and values."""
     return to_numpy(tensor).copy()
+
+
+def adopt(array: NDArray[Any], like: NDArray[Any]) -> NDArray[Any]:
+    """array itself."""
+    return array

@@ -281,6 +281,9 @@ def _order(
 def _reply(outcome: Outcome, like: ArrayT) -> PoolReply[ArrayT]:
     """The outcome in arrays of like's kind."""
     kind = kind_of("hidden_states", like)
-    output = kind.from_wire(from_numpy(outcome.output), like)
-    complete = kind.from_wire(from_numpy(outcome.complete.view(np.uint8)), like)
+    complete = kind.adopt(outcome.complete.view(np.uint8), like)
+    if outcome.output.flags.writeable:
+        output = kind.adopt(outcome.output, like)
+    else:
+        output = kind.from_wire(from_numpy(outcome.output), like)
     return PoolReply(output, complete != 0, outcome.shares, outcome.attempts)

@@ -103,6 +103,7 @@ class Fleet:
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
         self._change = asyncio.Event()
         self._current: dict[LayerKey, tuple[bytes, str]] = {}
+        self._editions: dict[LayerKey, list[Edition]] = {}
         self._read_once = False
         self.replicas: dict[str, Replica] = {}
 
@@ -154,8 +155,12 @@ class Fleet:
 
     def editions(self, model: str, layer: int) -> list[Edition]:
         """The weights of a layer that are ready somewhere, by what may be mixed."""
-        known = (offer for offer in self.offers(model) if offer.layer.layer == layer)
-        return editions(offer for offer in known if offer.layer.state == "ready")
+        found = self._editions.get((model, layer))
+        if found is None:
+            known = [offer for offer in self.offers(model) if offer.layer.layer == layer]
+            found = editions(offer for offer in known if offer.layer.state == "ready")
+            self._editions[model, layer] = found
+        return found
 
     def edition(self, model: str, layer: int) -> Edition | None:
         """The weights that a call of now is to use; None if nobody has any.
@@ -251,7 +256,8 @@ class Fleet:
             log.warning("replica %s: %s", replica.target, error)
 
     def _notify(self) -> None:
-        """Wakes those who wait for a change."""
+        """Forgets what was made of the replicas' answers, and wakes those who wait for others."""
+        self._editions = {}
         self._change.set()
         self._change = asyncio.Event()
 

@@ -160,12 +160,13 @@ def share(count: int, holders: Sequence[Holder], callers: int = 1) -> list[tuple
     """Who takes how many of count rows, so that all who take some end at the same time."""
     width = max(1, len(holders) // callers)
     able = sorted(holders, key=lambda h: (h.start + count / h.speed, h.name))[:width]
-    while True:
+    while len(able) > 1:
         counts = _level(count, able)
         least = min(range(len(able)), key=lambda n: counts[n])
-        if len(able) == 1 or counts[least] >= LEAST_ROWS:
+        if counts[least] >= LEAST_ROWS:
             return sorted(zip(able, counts, strict=True), key=lambda taken: taken[0].name)
         del able[least]
+    return [(able[0], count)]
 
 
 def _level(count: int, holders: Sequence[Holder]) -> list[int]:
@@ -231,7 +232,9 @@ def _zeroed(block: Rows) -> Rows:
 
 
 def put_together(tokens: int, hidden: int, pieces: Sequence[Piece], dtype: np.dtype[Any]) -> Rows:
-    """The rows [T, H] of pieces that have none in common."""
+    """The rows [T, H] of pieces that have none in common; a whole piece stays the view it is."""
+    if len(pieces) == 1 and len(pieces[0].rows) == tokens:
+        return pieces[0].output
     out = np.zeros((tokens, hidden), dtype)
     for piece in pieces:
         rows = piece.rows

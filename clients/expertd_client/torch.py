@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from expertd_wire.tensors import DTYPES, WireError, WireTensor
@@ -24,6 +25,13 @@ def from_wire(tensor: WireTensor, like: torch.Tensor) -> torch.Tensor:
     """A tensor with tensor's dtype and values, on the device of like."""
     host = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="cpu")
     _bytes(host)[:] = np.frombuffer(tensor.data, np.uint8)
+    return host.to(like.device)
+
+
+def adopt(array: NDArray[Any], like: torch.Tensor) -> torch.Tensor:
+    """A tensor in the memory of array, or a copy of it on another device of like."""
+    flat = torch.from_numpy(array.reshape(-1).view(np.uint8))
+    host = flat.view(getattr(torch, array.dtype.name)).reshape(array.shape)
     return host.to(like.device)
 
 

@@ -164,6 +164,22 @@ def test_arrays_come_back_in_kind(pool_of: Any, shard: str) -> None:
         assert isinstance(answer, torch.Tensor)
 
 
+@pytest.mark.parametrize("fleet", [whole(1), whole(2), ranges(*FOUR)], ids=["1", "2", "ranges"])
+@pytest.mark.parametrize("tokens", [0, 1, 200])
+def test_answers_are_the_callers_own_memory(fleet: FakeFleet, tokens: int) -> None:
+    rows, logits = drawn(tokens)
+    with pool_over(fleet) as pool:
+        for kind in (np.asarray, torch.from_numpy):
+            given_rows, given_logits = kind(rows), kind(logits)
+            first = pool.forward(MODEL, LAYER, given_rows, router_logits=given_logits)
+            first[:] = 7
+            again = pool.forward(MODEL, LAYER, given_rows, router_logits=given_logits)
+            assert type(first) is type(given_rows) and first.shape == (tokens, HIDDEN)
+            assert not (again == 7).any()
+            if tokens:
+                right(np.asarray(again), rows, logits)
+
+
 @pytest.mark.parametrize("shard", ["tokens", "experts"])
 def test_scales_travel_with_their_rows(shard: str) -> None:
     fleet = whole(3) if shard == "tokens" else ranges(*FOUR)
