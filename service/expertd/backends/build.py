@@ -14,6 +14,7 @@ from expertd.capability.row import Row
 from expertd.core import LayerSpec
 from expertd.errors import NoUsablePlan
 from expertd.weights.canonical import ExpertWeights
+from expertd_wire.errors import Refusal
 
 
 def torch_device(device: DeviceInfo) -> torch.device:
@@ -33,11 +34,21 @@ def build(
 
     Raises NoUsablePlan with what its check refused.
     """
-    module, _, name = row.load.partition(":")
-    backend: Backend = getattr(importlib.import_module(module), name)(row, spec, device)
+    backend = _made(row, spec, device)
     if refusals := backend.check():
         texts = "; ".join(refusal.text for refusal in refusals)
         raise NoUsablePlan(f"{row.entry} cannot run here: {texts}", refusals)
     backend.prepare_weights(weights, bias)
     backend.warm_up(buckets)
+    return backend
+
+
+def absent(row: Row, spec: LayerSpec, device: torch.device) -> tuple[Refusal, ...]:
+    """What the row's backend lacks on this machine for now."""
+    return _made(row, spec, device).check()
+
+
+def _made(row: Row, spec: LayerSpec, device: torch.device) -> Backend:
+    module, _, name = row.load.partition(":")
+    backend: Backend = getattr(importlib.import_module(module), name)(row, spec, device)
     return backend

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from expertd.capability.device import DeviceInfo, device_named
 from expertd.capability.plan import Plan, PlanSet, Rejected, States, plan
-from expertd.capability.row import State
+from expertd.capability.row import Row, State
 from expertd.capability.spec import parse_spec
 from expertd.core import CallForm, LayerSpec
 from expertd.errors import InvalidArgument
+from expertd_wire.errors import Refusal
+
+Absent = Callable[[Row], tuple[Refusal, ...]]
 
 REQUEST = ("spec", "device", "flashinfer", "backend")
 
@@ -22,14 +25,17 @@ def explain(
     *,
     states: States | None = None,
     shape: States | None = None,
+    absent: Absent | None = None,
 ) -> dict[str, Any]:
     """The answer of `expertd explain` and of POST /v1/explain, as JSON.
 
     A cell without a proof counts as a plan and shows its state; a failed one does not. shape is
     what is proven of this very shape of layer; a plan's proof tells which of the two it has.
+    absent tells what a row's kernels lack on a machine that is here.
     """
     known = {**(states or {}), **(shape or {})}
     found = plan(spec, form, device, states=known, trust_declared=True)
+    found = found if absent is None else _without(found, absent)
     return {
         "routing_method": spec.routing.method if spec.routing else None,
         **({"routing_refusal": spec.routing_refusal} if spec.routing_refusal else {}),
@@ -59,6 +65,14 @@ def advice(found: PlanSet) -> str:
     nearest = min(found.rejected, key=_distance)
     wants = "; ".join(f"{r.field}: {r.accepted} (is {r.given})" for r in nearest.refusals)
     return f"{nearest.row.backend} ({nearest.row.entry}, {nearest.row.mode}) would run with {wants}"
+
+
+def _without(found: PlanSet, absent: Absent) -> PlanSet:
+    """The plans whose kernels are there; the others are rejected for what they lack."""
+    judged = [(usable, absent(usable.row)) for usable in found.usable]
+    lacking = tuple(Rejected(usable.row, reasons) for usable, reasons in judged if reasons)
+    there = tuple(usable for usable, reasons in judged if not reasons)
+    return PlanSet(there, (*found.rejected, *lacking))
 
 
 def _distance(entry: Rejected) -> tuple[bool, int]:

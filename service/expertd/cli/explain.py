@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from expertd.capability.device import DeviceInfo, device_named
-from expertd.capability.explain import explain
+from expertd.capability.explain import Absent, explain
 from expertd.capability.plan import States
 from expertd.capability.spec import call_form, parse_spec
 from expertd.cli.capabilities import COLOURS, add_device_arguments
@@ -77,7 +77,19 @@ def _of_model(path: Path, layer: int | None, device: DeviceInfo, backend: str) -
 
 
 def _answer(spec: LayerSpec, form: CallForm, device: DeviceInfo, states: States) -> Answer:
-    return explain(spec, form, device, states=states, shape=proven_shapes(device, spec))
+    shape = proven_shapes(device, spec)
+    return explain(
+        spec, form, device, states=states, shape=shape, absent=_absent_here(spec, device)
+    )
+
+
+def _absent_here(spec: LayerSpec, device: DeviceInfo) -> Absent | None:
+    """On a card that is here: which kernels would have to be built or fetched first."""
+    if device.kind != "cuda" or device.simulated:
+        return None
+    from expertd.backends.build import absent, torch_device
+
+    return lambda row: absent(row, spec, torch_device(device))
 
 
 def show(answer: Answer, device: DeviceInfo, console: Console) -> None:
