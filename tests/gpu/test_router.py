@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from tests.e2e.servers import in_process
 from tests.service.triton.router_cases import (
     GROUPED,
     LOGITS,
@@ -15,11 +16,12 @@ from tests.service.triton.router_cases import (
     plain,
     spec_of,
 )
-from tests.strategies import generator
+from tests.strategies import generator, relative
 
 from expertd.core import RoutingMethod, RoutingSpec
 from expertd.routing import route_for as reference
 from expertd.routing.methods import TRAITS
+from expertd_client import Client
 
 pytest.importorskip("triton")
 from expertd.backends.triton.router import route_for
@@ -94,3 +96,24 @@ def test_in_a_graph(method: RoutingMethod, tokens: int) -> None:
     assert torch.equal(ids, again[0]) and torch.equal(weights, again[1])
     expected = reference(spec, logits, bias)[1]
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_a_server_routes_as_the_reference_does(tokens: int) -> None:
+    """Logits answer what the reference's ids and weights do, whatever backend runs them."""
+    flags = ("--demo", "--trust", "declared", "--tune", "off", "--cuda-graphs", "off")
+    with (
+        in_process(*flags, "--device", "cuda:0") as (app, addresses),
+        Client(addresses.grpc) as client,
+    ):
+        assert app.wait_ready()
+        resident = app.residents.all()[0]
+        spec, random = resident.spec, generator(SEED)
+        assert spec.routing is not None
+        rows = torch.randn(tokens, spec.hidden, generator=random).bfloat16()
+        logits = plain(tokens, spec.num_experts, random)
+        bias = None if resident.bias is None else resident.bias.cpu()
+        ids, weights = reference(spec.routing, logits, bias)
+        where = (resident.model, resident.layer, rows)
+        expected = client.forward(*where, topk_ids=ids, topk_weights=weights)
+        assert relative(client.forward(*where, router_logits=logits), expected) < 1e-3
