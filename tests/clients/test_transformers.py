@@ -57,9 +57,9 @@ class Servers:
         module = self.experts[call.model, call.layer]
         tensors = (call.hidden_states, call.topk_ids, call.topk_weights)
         rows, ids, weights = (torch_tensor(tensor) for tensor in tensors)
-        ids = ids.masked_fill(ids < 0, module.num_experts)
+        weights = weights.masked_fill(ids < 0, 0)
         with torch.no_grad():
-            output = type(module).forward.__wrapped__(module, rows, ids, weights)
+            output = type(module).forward.__wrapped__(module, rows, ids.clamp(min=0), weights)
         return encode_forward_reply(ForwardReply(output=to_wire(output)))
 
     def layers(self, request: bytes) -> bytes:

@@ -6,7 +6,8 @@
 
 attach refuses a model whose experts would stay here. model.set_experts_implementation("expertd")
 alone does too if the pool serves one model only, but transformers takes that from every model, and
-those that do not know the setting ignore it in silence.
+those that do not know the setting ignore it in silence. transformers 5.17 takes the names of
+registered implementations; 5.0 took its own only, and says so.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
+from transformers.integrations import finegrained_fp8  # noqa: F401  it adds a registry of its own
 from transformers.integrations.moe import ExpertsInterface
 
 from expertd_client.errors import InvalidArgument, NotFound
@@ -39,8 +40,8 @@ class Pool(Forwards, Protocol):
 def register(pool: Pool, *, timeout: float | None = 30.0) -> Remote:
     """Makes "expertd" an experts implementation that asks pool; the last registration counts."""
     remote = Remote(pool, timeout)
-    for interface in (ExpertsInterface, FP8ExpertsInterface):
-        interface.register(NAME, remote)
+    for registry in (ExpertsInterface, *ExpertsInterface.__subclasses__()):
+        registry.register(NAME, remote)
     return remote
 
 
@@ -70,11 +71,13 @@ class Remote:
         Raises InvalidArgument for a class that ignores experts implementations or for experts that
         differ from those served, NotFound for layers that nobody serves.
         """
-        before = model.get_experts_implementation()
         self._name(model, served)
+        configs = [module.config for _, module in _obeying(model)]
+        before = [config._experts_implementation for config in configs]
         model.set_experts_implementation(NAME)
-        if any(m.config._experts_implementation != NAME for _, m in _obeying(model)):
-            model.set_experts_implementation(before)
+        if any(config._experts_implementation != NAME for config in configs):
+            for config, implementation in zip(configs, before, strict=True):
+                config._experts_implementation = implementation
             raise InvalidArgument(_ignores(model, "its experts have a config of their own"))
 
     def release(self, model: PreTrainedModel) -> None:
@@ -107,7 +110,7 @@ class Remote:
 
 def _obeying(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """The experts modules that ask for an implementation: their class has been decorated so."""
-    return ((name, m) for name, m in model.named_modules() if hasattr(m, "is_concatenated"))
+    return ((name, m) for name, m in model.named_modules() if hasattr(m, "is_transposed"))
 
 
 def _ignoring(model: PreTrainedModel) -> list[nn.Module]:
