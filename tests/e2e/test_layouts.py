@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.e2e.servers import Server, serving
+import torch
+from tests.e2e.local import Local
+from tests.e2e.servers import Server, in_process, serving
 from tests.e2e.test_metrics import scrape, value
 from tests.service.weights.files import HIDDEN, qwen
 
+from expertd.backends.base import Backend
+from expertd.backends.build import build
+from expertd.capability.row import Row
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.layers import layer_specs
+from expertd.weights.load import load_layer
 from expertd.weights.storage import layer_bytes
-from expertd_client import Client, NoUsablePlan
+from expertd_client import Client, LayerFailed, NoUsablePlan
 
 SIMULATED = ("--simulate", "sm100", "--testing", "--tune", "off", "--max-batch-tokens", "4")
 ROWS = np.random.default_rng(3).standard_normal((4, HIDDEN)).astype(ml_dtypes.bfloat16)
 LOGITS = np.random.default_rng(4).standard_normal((4, 4)).astype(np.float32)
+
+TOPK = {
+    "topk_ids": np.array([[0, 1], [2, 3], [1, 3], [0, 2]], np.int32),
+    "topk_weights": np.ones((4, 2), np.float32),
+}
 
 
 def answer(client: Client, layer: int, backend: str | None = None) -> tuple[str, np.ndarray]:
@@ -61,3 +73,40 @@ def test_without_any_room_calls_are_refused_by_the_flags_name(home: Path, tmp_pa
             with pytest.raises(NoUsablePlan, match="--layout-cache-bytes"):
                 answer(client, 0, backend)
         assert answer(client, 0, "reference")[0] == "reference"
+
+
+def test_a_device_without_memory_for_a_copy_serves_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(row: Row, *given: Any) -> Backend:
+        if row.backend == "grouped":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(row, *given)
+
+    monkeypatch.setattr("expertd.engine.loader.build", full)
+    path = qwen(tmp_path / "m")
+    with in_process("--model", f"m={path}") as (app, addresses), Client(addresses.grpc) as client:
+        assert app.wait_ready()
+        assert client.call("m", 0, ROWS, **TOPK, backend="reference").backend == "reference"
+        with pytest.raises(NoUsablePlan) as caught:
+            client.call("m", 0, ROWS, **TOPK, backend="grouped")
+        assert [reason.code for reason in caught.value.reasons] == ["no_memory"]
+
+
+def test_a_layer_that_does_not_fit_fails_and_the_other_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(checkpoint: Checkpoint, layer: int, *given: Any, **more: Any) -> Any:
+        if layer == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load_layer(checkpoint, layer, *given, **more)
+
+    monkeypatch.setattr("expertd.engine.loader.load_layer", full)
+    path = qwen(tmp_path / "m")
+    with in_process("--model", f"m={path}") as (app, addresses), Client(addresses.grpc) as client:
+        assert not app.wait_ready()
+        Local.until(lambda: client.layer("m", 0).state == "ready")
+        client.call("m", 0, ROWS, **TOPK)
+        Local.until(lambda: client.layer("m", 1).state == "failed")
+        with pytest.raises(LayerFailed, match="no room; --layers, --experts load less: CUDA out"):
+            client.call("m", 1, ROWS, **TOPK)

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from expertd.backends.build import build
+from expertd.capability.checks.fault import Fault
 from expertd.capability.device import DeviceInfo
-from expertd.capability.match import layer_refusals
+from expertd.capability.match import layer_refusals, refusal
 from expertd.capability.row import Row, State
 from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
@@ -35,6 +36,7 @@ from expertd.weights.layers import survey
 from expertd.weights.load import load_layer
 from expertd.weights.progress import Meter
 from expertd.weights.storage import layer_bytes
+from expertd_wire.errors import Refusal
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +139,8 @@ class Loader:
                 self._build_backends(resident)
         except ExpertdError as error:
             self._fail(resident, str(error))
+        except torch.OutOfMemoryError as error:
+            self._fail(resident, f"the device has no room; --layers, --experts load less: {error}")
         except Exception:
             log.exception("loading layer %s failed", resident.name)
             self._fail(resident, "its load failed; the server's log says why")
@@ -192,6 +196,9 @@ class Loader:
         except NoUsablePlan as refused:
             resident.absent[cell] = refused.refusals
             log.warning("layer %s: %s", resident.name, refused)
+        except torch.OutOfMemoryError as error:
+            resident.absent[cell] = (_no_memory(row),)
+            log.warning("layer %s has no %s: %s", resident.name, row.entry, error)
 
     def _self_check(self, resident: Resident) -> None:
         layer = layer_of(resident)
@@ -223,6 +230,11 @@ def layer_of(resident: Resident) -> Layer | None:
         return None
     reference = others.pop(names[0])
     return Layer(resident.spec, others, reference, resident.bias)
+
+
+def _no_memory(row: Row) -> Refusal:
+    why = "the device had no memory left for what this backend holds beside the weights"
+    return refusal(row, Fault("no_memory", "device", "full", "room for its layout", why))
 
 
 def identity_spec(hidden: int) -> LayerSpec:
