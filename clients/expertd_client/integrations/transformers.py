@@ -4,10 +4,10 @@
     remote.attach(model, "the name under which its experts are served")
     model.generate(...)
 
-attach refuses a model whose experts would stay here. model.set_experts_implementation("expertd")
-alone does too if the pool serves one model only, but transformers takes that from every model, and
-those that do not know the setting ignore it in silence. transformers 5.17 takes the names of
-registered implementations; 5.0 took its own only, and says so.
+attach refuses a model whose experts would stay here. Where the pool serves one model only,
+model.set_experts_implementation("expertd") alone is enough; but transformers takes that from every
+model, and classes that do not know the setting ignore it in silence. transformers 5.17 and later
+take the names of registered implementations; 5.0 took its own only, and says so.
 """
 
 from __future__ import annotations
