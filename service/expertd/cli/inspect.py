@@ -21,7 +21,7 @@ from expertd.cli.capabilities import add_device_arguments
 from expertd.core import LayerSpec
 from expertd.errors import InvalidArgument
 from expertd.weights.checkpoint import Checkpoint
-from expertd.weights.layers import Model, layer_specs, ranges
+from expertd.weights.layers import Model, ranges, survey
 from expertd.weights.placement import Placement, propose
 from expertd.weights.storage import layer_bytes
 
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(answer, indent=1))
     else:
         show(answer, Console())
-    return 0
+    return 1 if answer["refused"] else 0
 
 
 def size(text: str) -> int:
@@ -60,13 +60,20 @@ def size(text: str) -> int:
 
 
 def inspect(path: Path, device: DeviceInfo, gpu: int | None, count: int) -> Answer:
-    """Everything that headers and config tell; reads no weights."""
-    checkpoint = Checkpoint.open(path)
-    specs = layer_specs(checkpoint)
+    """Everything that headers and config tell; reads no weights.
+
+    Raises FailedPrecondition when no layer can be served.
+    """
+    checkpoint = Checkpoint.open(path, skip_broken=True)
+    found = survey(checkpoint)
+    specs = found.specs
+    if not specs:
+        raise next(iter(found.refused.values()))
     answer: Answer = {
         "path": str(checkpoint.root),
         "model_type": Model.of(checkpoint).config.get("model_type"),
         "layers": [_kind(spec, numbers, device) for spec, numbers in _alike(specs).items()],
+        "refused": {str(layer): str(why) for layer, why in found.refused.items()},
         "expert_bytes": sum(map(layer_bytes, specs.values())),
         "checkpoint_bytes": sum(e.end - e.begin for e in checkpoint.tensors.values()),
     }
@@ -131,6 +138,8 @@ def show(answer: Answer, console: Console) -> None:
     for kind in answer["layers"]:
         table.add_row(*_row(kind))
     console.print(table)
+    for layer, why in answer["refused"].items():
+        console.print(f"layer {layer} cannot be served: {why}")
     if "placement" in answer:
         _show_placement(answer["placement"], console)
 

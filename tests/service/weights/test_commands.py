@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.service.weights.files import qwen
 from expertd.cli import main
 from expertd.cli.inspect import size
 from expertd.core import LayerSpec
+from expertd.sources import demo_path
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.layers import layer_specs
 from expertd.weights.load import load_layer
@@ -61,6 +63,21 @@ def test_inspect_needs_no_torch(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["layers"][0]["quant"] == "bf16"
+
+
+def test_inspect_names_the_layers_that_cannot_be_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = qwen(tmp_path / "m")
+    (root / "model-00002-of-00002.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert main(["inspect", str(root), "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert [kind["layers"] for kind in answer["layers"]] == ["0"]
+    assert list(answer["refused"]) == ["1"]
+    assert "model-00002-of-00002.safetensors" in answer["refused"]["1"]
+    assert main(["inspect", str(root)]) == 1
+    assert "layer 1 cannot be served" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", ["nowhere", "empty"])
@@ -112,3 +129,11 @@ def test_quantize_writes_what_serves(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {spec.quant for spec in layer_specs(Checkpoint.open(out)).values()} == {"nvfp4"}
     assert main(["quantize", "--model", out, "--out", out + "2", "--quant", "mxfp4"]) == 1
     assert "quantised already" in capsys.readouterr().err
+
+
+def test_two_starts_at_once_make_one_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ThreadPoolExecutor(4) as pool:
+        paths = [future.result() for future in [pool.submit(demo_path) for _ in range(4)]]
+    assert len(set(paths)) == 1 and len(layer_specs(Checkpoint.open(paths[0]))) == 2
+    assert list(paths[0].parent.iterdir()) == [paths[0]]
