@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.clients.fleets import FakeFleet
 from tests.clients.servers import Server, serving
 
-from expertd_client import AsyncClient, Client
+from expertd_client import AsyncClient, AsyncExpertPool, Client, ExpertPool, dispatch, replicas
 
 
 class Blocking:
@@ -32,6 +33,14 @@ class Blocking:
         self._runner.close()
 
 
+class BlockingPool(Blocking):
+    """An AsyncExpertPool with ExpertPool's methods."""
+
+    def __init__(self, targets: Any, **settings: Any) -> None:
+        self._runner = asyncio.Runner()
+        self._client = AsyncExpertPool(targets, **settings)
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     with serving() as running:
@@ -47,3 +56,22 @@ def connect(request: pytest.FixtureRequest) -> Any:
 def client(server: Server, connect: Any) -> Iterator[Any]:
     with connect(server.target) as connected:
         yield connected
+
+
+@pytest.fixture(params=[ExpertPool, BlockingPool], ids=["sync", "async"])
+def pool_of(request: pytest.FixtureRequest) -> Any:
+    """Makes a pool over a fake fleet, of either kind."""
+
+    def make(fleet: FakeFleet, **settings: Any) -> Any:
+        return request.param(fleet.targets, connect=fleet.connect, **settings)
+
+    return make
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stalls are seen at once, and so are changes."""
+    monkeypatch.setattr(dispatch, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(dispatch, "UNMEASURED_STALL_SECONDS", 0.05)
+    monkeypatch.setattr(replicas, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(replicas, "REREAD_SECONDS", 0.02)

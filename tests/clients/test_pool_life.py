@@ -1,0 +1,143 @@
+"""A pool's callers: their mistakes, what they may ask, and how it all ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.clients.fleets import EXPERTS, HIDDEN, LAYER, MODEL, ranges, whole
+from tests.clients.pooling import FOUR, drawn, pool_over
+
+from expertd_client import AsyncExpertPool, ExpertPool
+from expertd_client.errors import InvalidArgument, LayerFailed, NotFound, Unavailable
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"router_logits": None}, "no routing given"),
+        ({"topk_ids": np.zeros((3, 1), np.int32)}, "both router_logits and topk"),
+        ({"router_logits": np.zeros((3, 5), np.float32)}, r"\[tokens, 16\] accepted"),
+        ({"router_logits": np.zeros((2, 16), np.float32)}, "3 rows given, but routing for 2"),
+        ({"router_logits": np.full((3, 16), np.nan, np.float32)}, "row 0 has NaN"),
+        ({"reply_dtype": "int8"}, "accepted: bfloat16, float16, float32"),
+        ({"partial": True}, '"refuse", "allow"'),
+        ({"router_logits": [[0.0]]}, "numpy arrays and torch tensors"),
+    ],
+)
+def test_mistakes_of_the_caller(changes: dict[str, Any], text: str) -> None:
+    rows, logits = drawn(3)
+    with pool_over(ranges(*FOUR)) as pool, pytest.raises(InvalidArgument, match=text):
+        pool.forward(MODEL, LAYER, rows, **{"router_logits": logits} | changes)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        (np.array([[0, 16]], np.int32), r"row 0 has an id outside 0\.\.15"),
+        (np.array([[0, -2]], np.int32), "outside"),
+        (np.array([[0.0, 1.0]], np.float32), "int32 or int64"),
+        (np.array([[0]], np.int32), "the same shape"),
+        (None, "belong together"),
+    ],
+)
+def test_ids_that_no_replica_has(ids: Any, text: str) -> None:
+    row, weights = np.ones((1, HIDDEN), np.float32), np.ones((1, 2), np.float32)
+    with pool_over(ranges(*FOUR)) as pool, pytest.raises(InvalidArgument, match=text):
+        pool.forward(MODEL, LAYER, row, topk_ids=ids, topk_weights=weights)
+
+
+def test_rows_of_another_width() -> None:
+    with (
+        pool_over(ranges(*FOUR)) as pool,
+        pytest.raises(InvalidArgument, match=r"\[tokens, 8\] accepted"),
+    ):
+        pool.forward(MODEL, LAYER, np.ones((2, 9), np.float32), router_logits=drawn(2)[1])
+
+
+def test_unknown_model_and_failed_layer(pool_of: Any) -> None:
+    fleet, (rows, logits) = whole(2), drawn(2)
+    with pool_of(fleet) as pool:
+        with pytest.raises(NotFound, match="models there: m"):
+            pool.forward("other", LAYER, rows, router_logits=logits)
+        with pytest.raises(NotFound, match="layer 4"):
+            pool.forward(MODEL, 4, rows, router_logits=logits)
+    for server in fleet:
+        server.state = "failed"
+    with pool_of(fleet) as pool, pytest.raises(LayerFailed, match="as told by a test"):
+        pool.forward(MODEL, LAYER, rows, router_logits=logits)
+
+
+def test_what_the_pool_knows(pool_of: Any) -> None:
+    with pool_of(ranges(*FOUR)) as pool:
+        assert pool.layer(MODEL, LAYER).num_experts == EXPERTS
+        held = sorted((info.expert_begin, info.expert_end) for info in pool.layers(MODEL))
+        assert held == sorted(FOUR)
+        assert pool.layers("other") == []
+
+
+def test_a_bad_setting_is_told_at_once() -> None:
+    with pytest.raises(InvalidArgument, match="auto, tokens, experts"):
+        ExpertPool(["a:1"], shard="rows")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="HOST:PORT"):
+        ExpertPool(["http:/nowhere"])
+    with pytest.raises(InvalidArgument, match="none given"):
+        ExpertPool([])
+    with pytest.raises(InvalidArgument, match="token"):
+        ExpertPool(["a:1"], token="two words")
+    assert not [thread for thread in threading.enumerate() if thread.name == "expertd-pool"]
+
+
+def test_closing_ends_calls_and_threads() -> None:
+    fleet, (rows, logits) = whole(1), drawn(2)
+    caught: list[BaseException] = []
+    begun = threading.Event()
+
+    async def hang(call: Any) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    fleet[0].script = hang
+    pool = ExpertPool(fleet.targets, connect=fleet.connect)
+
+    def call() -> None:
+        try:
+            pool.forward(MODEL, LAYER, rows, router_logits=logits)
+        except Unavailable as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert begun.wait(10)
+    pool.close()
+    pool.close()
+    thread.join(10)
+    assert len(caught) == 1 and all(link.closed for link in fleet.links)
+    with pytest.raises(Unavailable, match="closed"):
+        pool.forward(MODEL, LAYER, rows, router_logits=logits)
+    assert not [t for t in threading.enumerate() if t.name == "expertd-pool"]
+
+
+async def test_a_cancelled_call_is_taken_back() -> None:
+    fleet, (rows, logits) = whole(1), drawn(2)
+    begun = threading.Event()
+
+    async def hang(call: Any) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    fleet[0].script = hang
+    async with AsyncExpertPool(fleet.targets, connect=fleet.connect) as pool:
+        call = asyncio.create_task(pool.forward(MODEL, LAYER, rows, router_logits=logits))
+        assert await asyncio.to_thread(begun.wait, 10)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        until = time.monotonic() + 10
+        while not fleet[0].cancelled:
+            assert time.monotonic() < until
+            await asyncio.sleep(0.01)

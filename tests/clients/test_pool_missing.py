@@ -1,0 +1,98 @@
+"""Experts that nobody holds, and answers of what could be had."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+from tests.clients.fleets import HIDDEN, LAYER, MODEL, TABLE, ranges, routed, whole
+from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, hang, pool_over, right
+
+from expertd_client.errors import ExpertsUnavailable
+
+
+def test_a_call_waits_for_experts_that_nobody_holds() -> None:
+    fleet = ranges((0, 8), (8, 16))
+    fleet[1].reachable = False
+    with pool_over(fleet) as pool:
+        with pytest.raises(ExpertsUnavailable, match=r"layer m/3: .* experts 8-15"):
+            ask(pool, timeout=0.3)
+        threading.Timer(0.3, setattr, (fleet[1], "reachable", True)).start()
+        right(ask(pool, timeout=20).output, ROWS, LOGITS)
+
+
+def test_a_call_that_must_not_wait() -> None:
+    fleet = ranges((0, 8), (8, 16))
+    fleet[1].reachable = False
+    with pool_over(fleet, wait_for_experts=False) as pool:
+        with pytest.raises(ExpertsUnavailable, match="experts 8-15"):
+            ask(pool, timeout=30)
+        some = LOGITS.copy()
+        some[:, 8:] = -np.inf
+        output = pool.forward(MODEL, LAYER, ROWS, router_logits=some)
+        right(output, ROWS, some)
+
+
+def test_nobody_there_at_all() -> None:
+    fleet = whole(2)
+    fleet[0].reachable = fleet[1].reachable = False
+    with pool_over(fleet) as pool, pytest.raises(ExpertsUnavailable, match="layer m/3"):
+        ask(pool, timeout=0.2)
+    with (
+        pool_over(fleet, wait_for_experts=False) as pool,
+        pytest.raises(ExpertsUnavailable, match="layer m/3"),
+    ):
+        ask(pool)
+
+
+def test_what_could_be_had() -> None:
+    fleet = ranges((0, 8), (8, 16))
+    fleet[1].reachable = False
+    with pool_over(fleet) as pool:
+        output, complete = pool.forward(
+            MODEL, LAYER, ROWS, router_logits=LOGITS, partial="allow", timeout=10
+        )
+    low = TABLE.copy()
+    low[8:] = 0
+    right(output, ROWS, LOGITS, low)
+    ids, _ = routed(LOGITS)
+    assert complete.tolist() == (ids < 8).all(axis=1).tolist()
+    assert 0 < complete.sum() < len(ROWS)
+
+
+def test_what_could_be_had_in_time(impatient: None) -> None:
+    fleet = ranges((0, 8), (8, 16))
+    fleet[1].script = hang
+    with pool_over(fleet) as pool:
+        pool.layers(MODEL)
+        begin = time.monotonic()
+        reply = ask(pool, partial="allow", timeout=0.6)
+        assert 0.4 <= time.monotonic() - begin < 5
+    assert 0 < reply.complete_rows.sum() < len(ROWS)
+
+
+def test_a_call_that_must_not_wait_lets_everybody_speak_first() -> None:
+    fleet = ranges((0, 8), (8, 16))
+
+    async def slow() -> None:
+        await asyncio.sleep(0.2)
+
+    fleet[1].probe = slow
+    with pool_over(fleet, wait_for_experts=False) as pool:
+        right(ask(pool).output, ROWS, LOGITS)
+
+
+def test_weights_of_no_expert_are_nobodys() -> None:
+    fleet = ranges(*FOUR)
+    with pool_over(fleet) as pool:
+        output = pool.forward(
+            MODEL,
+            LAYER,
+            np.ones((1, HIDDEN), np.float32),
+            topk_ids=np.array([[5, -1]], np.int32),
+            topk_weights=np.array([[2.0, np.nan]], np.float32),
+        )
+    np.testing.assert_allclose(output[0], 2 * TABLE[5], rtol=1e-6)
