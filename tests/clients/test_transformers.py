@@ -217,7 +217,8 @@ def test_other_experts_than_those_served_are_refused() -> None:
     with pytest.raises(NotFound, match="'far', layer 2: no replica"):
         remote.attach(model)
     with pytest.raises(InvalidArgument, match="attach the model first"):
-        remote.release(tiny("qwen3_moe"))
+        remote.release(model)
+    assert not any(p.is_meta for p in model.parameters())
 
 
 @use_experts_implementation

@@ -82,9 +82,10 @@ class Remote:
 
     def release(self, model: PreTrainedModel) -> None:
         """Frees the memory of the weights of model's experts; they cannot run here any more."""
-        for _, module in _obeying(model):
-            if module not in self._experts:
-                raise InvalidArgument("attach the model first: its experts still run here")
+        experts = [module for _, module in _obeying(model)]
+        if not all(module in self._experts for module in experts):
+            raise InvalidArgument("attach the model first: its experts still run here")
+        for module in experts:
             module.to("meta")
 
     def _name(self, model: PreTrainedModel, served: str | None) -> None:
@@ -93,10 +94,12 @@ class Remote:
             raise InvalidArgument(_ignores(model, f"{', '.join(sorted(local))} would run here"))
         served = served or self._only_model()
         layers = {info.layer: info for info in self._pool.layers(served)}
+        remote = {}
         for name, module in _obeying(model):
             number = _layer_number(name)
             _check(f"{served!r}, layer {number}", layers.get(number), module)
-            self._experts[module] = RemoteExperts(self._pool, served, number, timeout=self._timeout)
+            remote[module] = RemoteExperts(self._pool, served, number, timeout=self._timeout)
+        self._experts.update(remote)
 
     def _only_model(self) -> str:
         models = sorted({info.model for info in self._pool.layers()})
