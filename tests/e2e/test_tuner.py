@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from tests.e2e.servers import in_process
 
+from expertd.backends.base import Batch
 from expertd.backends.grouped.backend import Grouped
+from expertd.capability.plan import plan
+from expertd.capability.rows import ROWS
+from expertd.capability.rows.grouped import ROWS as GROUPED
 from expertd.cli import main
 from expertd.core import QuantScheme
 from expertd.weights.demo import write_demo
 from expertd_client import Client
+from expertd_client.errors import NoUsablePlan
 
 
 @pytest.fixture
@@ -27,10 +35,10 @@ def test_a_layer_tells_its_plans_times(cache: Path) -> None:
     with in_process("--demo", "--max-batch-tokens", "64") as (app, addresses):
         assert app.wait_ready()
         with Client(addresses.grpc) as client:
-            (plan,) = client.layer("demo", 1).plans
+            (info,) = client.layer("demo", 1).plans
         with httpx.Client(base_url=f"http://{addresses.http}", trust_env=False) as web:
             told = web.get("/v1/layers/demo/0").json()["plans"][0]
-    times = dict(plan.microseconds)
+    times = dict(info.microseconds)
     assert 1 in times and set(times) <= {1, 2, 4, 8, 16, 32, 64}
     assert all(time > 0 for time in times.values())
     assert told["microseconds"] == {str(tokens): time for tokens, time in times.items()}
@@ -41,8 +49,8 @@ def test_tuning_can_be_switched_off(cache: Path) -> None:
     with in_process("--demo", "--tune", "off") as (app, addresses):
         assert app.wait_ready()
         with Client(addresses.grpc) as client:
-            (plan,) = client.layer("demo", 1).plans
-    assert not plan.microseconds and not list(cache.glob("timings-*"))
+            (info,) = client.layer("demo", 1).plans
+    assert not info.microseconds and not list(cache.glob("timings-*"))
 
 
 def test_every_bucket_is_warm_before_the_first_call(
@@ -102,3 +110,42 @@ def test_bad_flags_are_usage_errors(
     except SystemExit as ended:
         code = ended.code
     assert code == 2 and words in capfd.readouterr().err
+
+
+class WrongInLargeBatches(Grouped):
+    """Right on the small shape that cells are proven on, wrong where a larger tile begins."""
+
+    def _forward(self, batch: Batch) -> None:
+        super()._forward(batch)
+        if len(batch.rows) > 100:
+            batch.out[:, 0] += 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [WrongInLargeBatches, Grouped])
+def test_a_plan_that_is_wrong_on_a_layers_shape_never_serves(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Grouped]
+) -> None:
+    module = "expertd.backends.grouped.backend"
+    monkeypatch.setattr(f"{module}.Suspect", kind, raising=False)
+    monkeypatch.setattr("expertd.capability.checks.library._backend_exists", lambda load: True)
+    suspect = {"backend": "suspect", "entry": "suspect", "load": f"{module}:Suspect"}
+    row = replace(GROUPED[0], needs_proof=True, **suspect)
+    rows = (row, *ROWS)
+    monkeypatch.setattr("expertd.engine.loader.ROWS", rows)
+    monkeypatch.setattr("expertd.engine.choice.plan", partial(plan, rows=rows))
+    with in_process("--demo", "--layers", "0", "--max-batch-tokens", "128") as (app, addresses):
+        assert app.wait_ready()
+        tokens = np.ones((120, 256), np.float32), np.random.default_rng(0).normal(size=(120, 32))
+        call = {"hidden_states": tokens[0], "router_logits": tokens[1].astype(np.float32)}
+        with Client(addresses.grpc) as client:
+            told = {info.backend: info for info in client.layer("demo", 0).plans}
+            if kind is Grouped:
+                assert told["suspect"].state == "proven" and told["suspect"].microseconds
+                assert client.call("demo", 0, **call, backend="suspect").backend == "suspect"
+                return
+            assert list(told) == ["grouped"]
+            assert client.call("demo", 0, **call).backend == "grouped"
+            with pytest.raises(NoUsablePlan) as refused:
+                client.call("demo", 0, **call, backend="suspect")
+    assert "proof_failed" in {reason.code for reason in refused.value.reasons}
