@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.service.trtllm.layers import layer, with_inputs
-from tests.service.trtllm.served import Layer
+from tests.service.trtllm.layers import layer, row_of, with_inputs
+from tests.service.trtllm.served import Layer, refused
 from tests.strategies import generator
 
 from expertd.capability.device import simulated
@@ -17,6 +17,7 @@ from expertd.capability.rows.flashinfer_trtllm import ROWS
 from expertd.core import Activation, ActivationKind, PlanMode, QuantScheme
 from expertd.proof.cases import CASES
 from expertd.proof.run import prove
+from expertd.routing.declared import declared_routing
 
 pytestmark = pytest.mark.usefixtures("twin")
 CELLS = [(row, quant) for row in ROWS for quant in row.quants]
@@ -67,3 +68,16 @@ def test_a_clamp_that_is_exceeded(row: Row, kind: ActivationKind) -> None:
         assert made.error(row) <= 1
         answers.append(made.truth())
     assert (answers[0] - answers[1]).norm() > 0.1 * answers[1].norm()
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_why_llama4_with_a_range_is_not_routed_in_the_kernel(tokens: int) -> None:
+    """With few tokens the kernel takes global ids for local ones; given ids it is right."""
+    routing = declared_routing({"num_experts": 8, "top_k": 1, "routing": "Llama4"})
+    changes = {"routing": routing, "expert_begin": 4, "expert_end": 8}
+    spec = layer(QuantScheme.FP8_TENSOR, **changes)
+    made = Layer(spec, torch.randn(tokens, 8, generator=generator(23)))
+    monolithic, routed = (row_of(spec.quant, mode) for mode in PlanMode)
+    assert "global ids for local ones" in refused(spec, PlanMode.MONOLITHIC)
+    assert made.error(routed) <= 1
+    assert (made.error(monolithic) <= 1) is (tokens > 3)
