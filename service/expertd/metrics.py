@@ -126,8 +126,11 @@ class Metrics:
                 count(*values)
 
     def _count_batch(self, report: BatchReport) -> None:
-        for stage in ("stage_in", "route", "kernel", "stage_out"):
-            self._stage.observe(getattr(report.times, stage) / 1e9, stage)
+        times = report.times
+        self._stage.observe(times.stage_in / 1e9, "stage_in")
+        self._stage.observe(times.route / 1e9, "route")
+        self._stage.observe(times.kernel / 1e9, "kernel")
+        self._stage.observe(times.stage_out / 1e9, "stage_out")
         for waited in report.queued_ns:
             self._queue.observe(waited / 1e9)
         self._batch_tokens.observe(report.tokens)
@@ -176,8 +179,8 @@ class Distribution:
         self._les = [*map(str, self._bounds), "+Inf"]
         self._labels = tuple(labels)
         self._lock = threading.Lock()
-        self._counts: dict[tuple[str, ...], list[int]] = {}
-        self._sums: dict[tuple[str, ...], float] = {}
+        # For each series the count of each bucket, then the sum of all values.
+        self._counts: dict[tuple[str, ...], list[float]] = {}
         if not labels:
             self._begin(())
 
@@ -186,21 +189,20 @@ class Distribution:
         with self._lock:
             counts = self._counts.get(labels) or self._begin(labels)
             counts[bisect_left(self._bounds, value)] += 1
-            self._sums[labels] += value
+            counts[-1] += value
 
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         with self._lock:
-            found = [(labels, [*c], self._sums[labels]) for labels, c in self._counts.items()]
-        for labels, counts, total in found:
+            found = [(labels, [*counts]) for labels, counts in self._counts.items()]
+        for labels, (*counts, total) in found:
             buckets = list(zip(self._les, accumulate(counts), strict=True))
             family.add_metric(labels, buckets, total)
         yield family
 
-    def _begin(self, labels: tuple[str, ...]) -> list[int]:
+    def _begin(self, labels: tuple[str, ...]) -> list[float]:
         """A series appears with its first value; one without labels is there from the start."""
-        self._sums[labels] = 0.0
-        return self._counts.setdefault(labels, [0] * len(self._les))
+        return self._counts.setdefault(labels, [0.0] * (len(self._les) + 1))
 
 
 class _LayerCollector:

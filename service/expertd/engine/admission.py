@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 from expertd.core import CallForm, LayerSpec, RoutingForm
 from expertd.errors import ExpertsNotHeld, FailedPrecondition, InvalidArgument, TooLarge
 from expertd_wire.messages import ForwardCall
@@ -117,18 +120,25 @@ _CHECKS = {
 
 def _form(call: ForwardCall, routing: RoutingForm, backend: str) -> CallForm:
     rows = _present("hidden_states", call.hidden_states)
-    return CallForm(
-        routing=routing,
-        rows_dtype=rows.dtype,
-        rows_format=call.hidden_states_format,
-        logits_dtype="" if call.router_logits is None else call.router_logits.dtype,
-        ids_dtype="" if call.topk_ids is None else call.topk_ids.dtype,
-        weights_dtype="" if call.topk_weights is None else call.topk_weights.dtype,
-        top_k=_width(call.topk_ids),
-        partial=call.partial,
-        backend=backend,
-        reply_dtype=call.reply_dtype or _default_reply(call, rows),
+    logits, ids, weights = call.router_logits, call.topk_ids, call.topk_weights
+    return _shared(
+        routing,
+        rows.dtype,
+        call.hidden_states_format,
+        "" if logits is None else logits.dtype,
+        "" if ids is None else ids.dtype,
+        "" if weights is None else weights.dtype,
+        _width(ids),
+        call.partial,
+        backend,
+        call.reply_dtype or _default_reply(call, rows),
     )
+
+
+@lru_cache(maxsize=1024)
+def _shared(*fields: Any) -> CallForm:
+    """The form with these fields, made once: equal forms are mostly the same object."""
+    return CallForm(*fields)
 
 
 def _default_reply(call: ForwardCall, rows: WireTensor) -> str:

@@ -23,6 +23,17 @@ Answer = ForwardReply | ExpertdError
 class Flight:
     """Calls of one key on their way; leave(), then land()."""
 
+    __slots__ = (
+        "_backend",
+        "_codes_T",
+        "_nonfinite",
+        "_out_TH",
+        "_sources",
+        "_started_ns",
+        "staging",
+        "tickets",
+    )
+
     def __init__(self, staging: Staging, backend: Backend, tickets: Sequence[Ticket]) -> None:
         self.staging = staging
         self.tickets = tickets

@@ -82,31 +82,43 @@ class Ledger:
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.total = NOTHING
-        self.clients: dict[str, Held] = {}
+        # tokens, nbytes, calls: counted in place, as every call passes here twice.
+        self._total = [0, 0, 0]
+        self._held: dict[str, list[int]] = {}
 
     def enter(self, call: Queued) -> None:
-        self.total = self.total.plus(call)
-        held = self.clients.get(call.client)
-        self.clients[call.client] = (held or NOTHING).plus(call)
+        self._count(call, 1)
 
     def leave(self, call: Queued) -> None:
-        self.total = self.total.minus(call)
-        left = self.clients[call.client].minus(call)
-        if left.calls:
-            self.clients[call.client] = left
-        else:
-            del self.clients[call.client]
+        self._count(call, -1)
+        if not self._held[call.client][2]:
+            del self._held[call.client]
+
+    def _count(self, call: Queued, sign: int) -> None:
+        held = self._held.get(call.client) or self._held.setdefault(call.client, [0, 0, 0])
+        for counts in (held, self._total):
+            counts[0] += sign * call.tokens
+            counts[1] += sign * call.nbytes
+            counts[2] += sign
+
+    @property
+    def total(self) -> Held:
+        return Held(*self._total)
+
+    @property
+    def clients(self) -> dict[str, Held]:
+        """What each client has that has anything."""
+        return {client: Held(*held) for client, held in self._held.items()}
 
     def make_room(self, newcomer: Queued, queue: Iterable[Q]) -> Sequence[Q]:
         """The queued calls that must leave for this one to wait; raises Full.
 
         An empty queue takes a call of any size.
         """
-        if not self.total.calls:
+        if not self._held:
             return ()
-        mine = self.clients.get(newcomer.client, NOTHING).plus(newcomer)
-        self._check_share(mine, others=len(self.clients.keys() - {newcomer.client}))
+        mine = Held(*self._held.get(newcomer.client, NOTHING)).plus(newcomer)
+        self._check_share(mine, others=len(self._held.keys() - {newcomer.client}))
         limit = self.budget.exceeded(self.total.plus(newcomer))
         return self._victims(newcomer, mine, queue, limit) if limit else ()
 
@@ -122,7 +134,7 @@ class Ledger:
     def _victims(self, newcomer: Queued, mine: Held, queue: Iterable[Q], limit: str) -> list[Q]:
         """The newest calls of those who hold the most, until the newcomer fits."""
         giving = sorted(queue, key=lambda call: (-call.priority, call.arrived_ns))
-        left, total = dict(self.clients), self.total.plus(newcomer)
+        left, total = self.clients, self.total.plus(newcomer)
         victims: list[Q] = []
         while self.budget.exceeded(total):
             fullest = self._fullest(left, mine, newcomer.client)
