@@ -101,6 +101,7 @@ class Fleet:
         self._source = source
         self._connect = connect
         self._tasks: dict[str, list[asyncio.Task[None]]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
         self._current: dict[LayerKey, tuple[bytes, str]] = {}
         self._editions: dict[LayerKey, list[Edition]] = {}
@@ -113,7 +114,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Lets go of every replica."""
-        tasks = [task for some in self._tasks.values() for task in some]
+        tasks = [*self._leaving, *(task for some in self._tasks.values() for task in some)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -208,17 +209,20 @@ class Fleet:
                 replica = self.replicas[target] = Replica(target, self._connect(target))
                 self._tasks[target] = [_spawn(self._watch(replica)), _spawn(self._probe(replica))]
         for target in self.replicas.keys() - set(targets):
-            self._tasks[target].append(_spawn(self._leave(self.replicas.pop(target))))
+            leaving = self._leave(self.replicas.pop(target), self._tasks.pop(target))
+            self._leaving.add(task := _spawn(leaving))
+            task.add_done_callback(self._leaving.discard)
         self._notify()
 
-    async def _leave(self, replica: Replica) -> None:
+    async def _leave(self, replica: Replica, keepers: list[asyncio.Task[None]]) -> None:
         """Lets go of a replica that is no longer listed, once its calls have ended."""
-        *keepers, _ = self._tasks[replica.target]
-        for task in keepers:
-            task.cancel()
-        while replica.pace.rows:
-            await asyncio.sleep(REWATCH_SECONDS)
-        replica.link.close()
+        try:
+            for task in keepers:
+                task.cancel()
+            while replica.pace.rows:
+                await asyncio.sleep(REWATCH_SECONDS)
+        finally:
+            replica.link.close()
 
     async def _watch(self, replica: Replica) -> None:
         """Follows its health; a watch that breaks means that it is gone until it says otherwise."""

@@ -100,6 +100,9 @@ async def test_files_are_not_trusted(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(Unavailable, match="cannot be read"):
         await endpoints(path).read()
+    path.write_text("# nobody\n\n")
+    with pytest.raises(Unavailable, match="lists no replica"):
+        await endpoints(path).read()
     path.write_text("a:1\n" * 400_000)
     with pytest.raises(Unavailable, match="more than"):
         await endpoints(path).read()

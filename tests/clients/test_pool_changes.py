@@ -209,7 +209,10 @@ def test_endpoints_are_read_again(impatient: None, tmp_path: Path) -> None:
         right(ask(pool).output, ROWS, LOGITS)
         assert len(fleet[0].calls) == before and fleet[1].calls and fleet[2].calls
         until(lambda: fleet.links[0].closed)
-        listed.write_text("r1:1\nnot an address\n")
-        time.sleep(0.1)
-        assert len(pool.layers(MODEL)) == 2, "a list that cannot be read changes nothing"
+        for unreadable in ("r1:1\nnot an address\n", "", None):
+            listed.unlink() if unreadable is None else listed.write_text(unreadable)
+            time.sleep(0.1)
+            assert len(pool.layers(MODEL)) == 2, "a list that cannot be read changes nothing"
+        listed.write_text("r0:1\nr1:1\nr2:1\n")
+        until(lambda: len(pool.layers(MODEL)) == 3)
     assert all(link.closed for link in fleet.links)

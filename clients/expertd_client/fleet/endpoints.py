@@ -80,7 +80,10 @@ def _read_in_thread(text_of: Callable[[], str], name: str) -> Endpoints:
         except (OSError, ValueError) as error:
             raise Unavailable(f"{name} cannot be read: {error}") from error
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
-        return _checked(tuple(line for line in lines if line), name)
+        found = _checked(tuple(line for line in lines if line), name)
+        if not found:  # perhaps it is just being written
+            raise Unavailable(f"{name} lists no replica")
+        return found
 
     return Endpoints(read, True, name)
 
