@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from expertd.backends.flashinfer import modules
+
 BMM = "0a1b2c/batched_gemm-1-2"
 
 
@@ -45,7 +47,7 @@ def digest(content: bytes) -> str:
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Home:
-    """An empty one, which FlashInfer's own variables point to; ninja is there."""
+    """An empty one, which FlashInfer's own variables point to; ninja is there and content."""
     from tests.service.trtllm import flashinfer_cpu
 
     assert flashinfer_cpu  # FlashInfer is imported with a workspace of its own
@@ -54,6 +56,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Home:
     monkeypatch.setattr("flashinfer.jit.env.FLASHINFER_CUBIN_DIR", tmp_path / "cubins")
     monkeypatch.setattr("flashinfer.artifacts.ArtifactPath.TRTLLM_GEN_BMM", f"{BMM}/")
     monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
+    monkeypatch.setattr(modules, "_up_to_date", lambda name, built_ns: True)
     tools = written(tmp_path / "bin" / "ninja", b"#!/bin/sh\n")
     tools.chmod(0o755)
     monkeypatch.setenv("PATH", str(tools.parent))

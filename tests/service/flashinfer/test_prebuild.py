@@ -56,14 +56,14 @@ def test_what_a_card_needs() -> None:
     assert prebuild.wanted(["80"]) == ()
 
 
-@pytest.mark.parametrize("name", prebuild.GENERATORS)
+@pytest.mark.parametrize("name", modules.GENERATORS)
 def test_flashinfer_builds_it_under_the_name_that_is_loaded(
     home: Home, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """FlashInfer's own function runs; only what it compiles and downloads is left out."""
     from flashinfer.jit import fused_moe, tllm_utils
 
-    generator = prebuild.GENERATORS[name]
+    generator = modules.GENERATORS[name]
     where, _, function = generator.function.partition(":")
     inspect.signature(getattr(import_module(where), function)).bind(**dict(generator.options))
     for module in (fused_moe, tllm_utils):
@@ -81,7 +81,7 @@ def test_flashinfer_builds_it_under_the_name_that_is_loaded(
     context = fused_moe.current_compilation_context
     monkeypatch.setattr(context, "TARGET_CUDA_ARCHS", set(TARGETS.values()))
     card.multi_processor_count = 78 if name == modules.H20 else 132
-    assert prebuild.spec_of(name).name == name
+    assert modules.spec_of(name).name == name
 
 
 def test_only_what_is_missing_is_built(
@@ -94,7 +94,7 @@ def test_only_what_is_missing_is_built(
 
         return SimpleNamespace(name=name, build=build)
 
-    monkeypatch.setattr(prebuild, "spec_of", spec_of)
+    monkeypatch.setattr(modules, "spec_of", spec_of)
     names = prebuild.wanted(["90"])
     home.built(names[0])
     assert not prebuild.check(names)
@@ -156,7 +156,7 @@ def test_a_failure_is_told(
     def spec_of(name: str) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(prebuild, "spec_of", spec_of)
+    monkeypatch.setattr(modules, "spec_of", spec_of)
     context = import_module("flashinfer.jit.core").current_compilation_context
     monkeypatch.setattr(context, "TARGET_CUDA_ARCHS", set(archs))
     assert prebuild.main([]) == code
@@ -169,15 +169,16 @@ def test_a_server_finds_what_was_prebuilt_for_its_card(tmp_path: Path) -> None:
     """FlashInfer itself, imported anew, looks in the directory of that architecture."""
     version = installed_flashinfer()
     ops = tmp_path / ".cache" / "flashinfer" / f"{version}" / "90a" / "cached_ops"
-    tools = tmp_path / "bin"
-    for path in (tools / "ninja", *(ops / n / f"{n}.so" for n in ("trtllm_utils", "fused_moe_90"))):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("#!/bin/sh\n")
-        path.chmod(0o755)
+    says = {"ninja": "ninja: no work to do.", "nvcc": "Cuda compilation tools, release 13.0, V13.0"}
+    for tool, words in says.items():
+        script(tmp_path / "bin" / tool, f"echo '{words}'")
+    for name in ("trtllm_utils", "fused_moe_90"):
+        script(ops / name / f"{name}.so", "")
     own = {
         "FLASHINFER_WORKSPACE_BASE": str(tmp_path),
         "XDG_CACHE_HOME": str(tmp_path),
-        "PATH": f"{tools}:{os.environ['PATH']}",
+        "CUDA_HOME": str(tmp_path),
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
     }
     environment = {**os.environ, **own}
     environment.pop("FLASHINFER_DISABLE_JIT", None)
@@ -190,3 +191,9 @@ def test_a_server_finds_what_was_prebuilt_for_its_card(tmp_path: Path) -> None:
         assert ended.returncode == code, ended.stdout + ended.stderr
     assert "fused_moe_trtllm_sm100 is not built here" in ended.stdout
     assert "kernels" in ended.stdout and "expertd prebuild --kernels DIR" in ended.stdout
+
+
+def script(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)

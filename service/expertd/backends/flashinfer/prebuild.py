@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 from expertd.backends.flashinfer import kernels, modules
 
@@ -26,30 +26,6 @@ NOTHING = (
     "no card here that FlashInfer's fused MoE runs on: name the architectures to build for, "
     "as in expertd prebuild --arch 90a,100a"
 )
-
-
-class Generator(NamedTuple):
-    """FlashInfer's function that says how a module is built."""
-
-    function: str
-    options: tuple[tuple[str, bool], ...] = ()
-
-
-_JIT = "flashinfer.jit.fused_moe"
-_TRTLLM = f"{_JIT}:gen_trtllm_gen_fused_moe_sm100_module"
-
-GENERATORS = {
-    modules.TUNER: Generator("flashinfer.jit.tllm_utils:gen_trtllm_utils_module"),
-    "fused_moe_89": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm89_module"),
-    "fused_moe_90": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm90_module"),
-    modules.H20: Generator(f"{_JIT}:gen_cutlass_fused_moe_sm90_module"),
-    "fused_moe_100": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm100_module"),
-    "fused_moe_103": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm103_module"),
-    "fused_moe_120": Generator(f"{_JIT}:gen_cutlass_fused_moe_sm120_module"),
-    "fused_moe_trtllm_sm100": Generator(_TRTLLM, (("enable_rubin", False),)),
-    "fused_moe_trtllm_sm107": Generator(_TRTLLM, (("enable_rubin", True),)),
-}
-"""By the module's name."""
 
 
 def wanted(archs: Sequence[str]) -> tuple[str, ...]:
@@ -74,12 +50,19 @@ def targets() -> list[str]:
 
 def check(names: Sequence[str]) -> bool:
     """Says of everything whether it is there; whether all is."""
-    found = {name: modules.missing(name) for name in names}
+    absent = "; ".join(kernels.missing()) if launches_kernels(names) else ""
+    found = {name: _lack(name, absent) for name in names}
     if launches_kernels(names):
-        found[KERNELS] = "; ".join(kernels.missing())
+        found[KERNELS] = absent
     for name, why in found.items():
         say("missing" if why else "there", name, why=why)
     return not any(found.values())
+
+
+def _lack(name: str, kernels_absent: str) -> str:
+    """Looking closely at a launcher would fetch its headers, so that waits for the kernels."""
+    known = name not in modules.TRTLLM.values() or not kernels_absent
+    return modules.missing(name) if known else modules.unbuilt(name)
 
 
 def make(names: Sequence[str]) -> None:
@@ -96,16 +79,10 @@ def make(names: Sequence[str]) -> None:
 def build(name: str) -> None:
     """Builds one module, its compilers' words going to stdout."""
     say("building", name)
-    spec = spec_of(name)
+    spec = modules.spec_of(name)
     assert spec.name == name, "presence looks for this name"
     spec.build(verbose=True, need_lock=True)
     say("built", name)
-
-
-def spec_of(name: str) -> Any:
-    """How FlashInfer builds a module."""
-    where, _, function = GENERATORS[name].function.partition(":")
-    return getattr(import_module(where), function)(**dict(GENERATORS[name].options))
 
 
 def fetch() -> None:

@@ -11,6 +11,9 @@ from expertd.backends.flashinfer import kernels, modules
 
 def missing(device: torch.device) -> Iterator[str]:
     """What has to be there before the first call and is not, each with what to do."""
-    yield from kernels.missing()
-    if absent := modules.missing(modules.TRTLLM[modules.arch_of(device)]):
-        yield absent
+    absent = tuple(kernels.missing())
+    yield from absent
+    name = modules.TRTLLM[modules.arch_of(device)]
+    # Looking closely at the launcher would fetch its headers, so that waits for the kernels.
+    if text := modules.unbuilt(name) if absent else modules.missing(name):
+        yield text
