@@ -263,7 +263,7 @@ class Delivery:
         request = await off(size, partial(call.request, work, place.sums))
         data = await replica.link.forward(request, self._left())
         dtype = np.dtype(np.float32) if place.sums else call.dtype
-        reply = read_reply(data, work, place.edition.layer.hidden, dtype)
+        reply = read_reply(data, part, place.edition.layer.hidden, dtype)
         spent = self._loop.time() - begin
         share = Share(replica.target, len(work.rows), reply.backend, spent)
         return Got([Piece(part.holder, work.rows, output_of(reply))], [share])

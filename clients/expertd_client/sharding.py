@@ -24,13 +24,17 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A replica as a plan sees it: experts [begin, end), rows a second, rows that wait there."""
+    """A replica as a plan sees it: experts [begin, end), rows a second, rows that wait there.
+
+    generation is which load of the layer said so.
+    """
 
     name: str
     begin: int
     end: int
     speed: float = 1.0
     queued: float = 0.0
+    generation: int = 0
 
     @property
     def start(self) -> float:

@@ -246,6 +246,7 @@ _REPLY_ROWS: Rows = (
     (7, "computed_ns", INT64),
     (8, "request_id", TEXT),
     (9, "status", MESSAGE),
+    (10, "generation", INT32),
 )
 
 

@@ -51,3 +51,4 @@ class ForwardReply:
     computed_ns: int = 0
     request_id: str = ""
     status: bytes = b""
+    generation: int = 0

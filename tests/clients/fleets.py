@@ -93,7 +93,8 @@ class FakeServer:
         if self.script is not None:
             await self.script(call)
         self.finished += 1
-        return encode_forward_reply(ForwardReply(from_numpy(self.computed(call)), "fake"))
+        output, generation = from_numpy(self.computed(call)), self.generation
+        return encode_forward_reply(ForwardReply(output, "fake", generation=generation))
 
     def computed(self, call: ForwardCall) -> Any:
         assert call.hidden_states is not None

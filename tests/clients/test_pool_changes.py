@@ -172,6 +172,17 @@ def test_an_answer_from_before_is_not_believed(impatient: None) -> None:
         until(lambda: [info.weights_digest for info in pool.layers(MODEL)] == ["new"])
 
 
+def test_a_layer_that_was_loaded_again_in_silence_is_noticed(impatient: None) -> None:
+    """Its health never changed, but the reply says which load it is of."""
+    fleet = whole(2)
+    for server in fleet:
+        server.digest = "old"
+    with pool_over(fleet) as pool:
+        ask(pool)
+        fleet[0].digest, fleet[0].table, fleet[0].generation = "new", other_weights(), 2
+        right(ask(pool).output, ROWS, LOGITS)
+
+
 def test_a_draining_replica_gets_nothing_new() -> None:
     fleet = whole(2)
     with pool_over(fleet) as pool:

@@ -217,3 +217,18 @@ def test_other_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
         with ExpertPool(whole) as pool:
             expected = pool.forward("m", 0, rows, router_logits=logits)
     torch.testing.assert_close(reply.output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_is_loaded_again_under_calls(checkpoint: Path) -> None:
+    """While it loads there is nobody to ask, so calls wait; then they are of the new load."""
+    rows, logits = drawn(40, seed=9)
+    with in_process("--model", f"m={checkpoint}", "--layers", "0") as (app, address):
+        assert app.wait_ready()
+        with ExpertPool(address.grpc) as pool:
+            expected = pool.forward("m", 0, rows, router_logits=logits)
+            for generation in (2, 3):
+                app.steward.load("m", [0])
+                wait_for(lambda: app.residents.get("m", 0).state == "ready")
+                assert pool.forward("m", 0, rows, router_logits=logits).equal(expected)
+                assert app.residents.get("m", 0).generation == generation
+                assert pool.layer("m", 0).generation == generation

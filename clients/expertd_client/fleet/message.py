@@ -11,7 +11,7 @@ import numpy as np
 from expertd_client.arrays import kind_of
 from expertd_client.errors import ExpertdError, InvalidArgument, NoUsablePlan, Unavailable
 from expertd_client.routing import route_for, router_of
-from expertd_client.sharding import Rows, Work, take_rows
+from expertd_client.sharding import Part, Rows, Work, take_rows
 from expertd_wire.codec import decode_forward_reply, encode_forward_call
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import DTYPES, WireError, from_numpy, to_numpy
@@ -179,7 +179,7 @@ def _given(call: PoolCall, layer: pb.LayerInfo) -> tuple[Rows, Rows]:
     return ids, weights
 
 
-def read_reply(data: bytes, work: Work, hidden: int, dtype: np.dtype[Any]) -> ForwardReply:
+def read_reply(data: bytes, part: Part, hidden: int, dtype: np.dtype[Any]) -> ForwardReply:
     """The reply to a part; raises Unavailable for one that is not what was asked for.
 
     Such a replica is not the server that it said it was, so another may do better.
@@ -190,12 +190,14 @@ def read_reply(data: bytes, work: Work, hidden: int, dtype: np.dtype[Any]) -> Fo
         raise Unavailable(f"a replica's reply cannot be read: {problem}") from problem
     if reply.output is None:
         raise Unavailable("a replica's reply has no output")
-    expected = (dtype.name, (len(work.rows), hidden))
+    expected = (dtype.name, (len(part.work.rows), hidden))
     if (reply.output.dtype, reply.output.shape) != expected:
         raise Unavailable(
             f"a replica answered {reply.output.dtype} {list(reply.output.shape)}; "
             f"{expected[0]} {list(expected[1])} was asked for"
         )
+    if reply.generation and reply.generation != part.holder.generation:
+        raise Unavailable(f"{part.holder.name} has loaded the layer again since it was asked")
     return reply
 
 

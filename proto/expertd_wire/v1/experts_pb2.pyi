@@ -47,7 +47,7 @@ class ForwardRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., hidden_states: _Optional[_Union[Tensor, _Mapping]] = ..., router_logits: _Optional[_Union[Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[Tensor, _Mapping]] = ..., hidden_states_format: _Optional[str] = ..., hidden_states_scale: _Optional[_Union[Tensor, _Mapping]] = ..., partial: bool = ..., backend: _Optional[str] = ..., reply_dtype: _Optional[str] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("output", "backend", "mode", "entry", "queued_ns", "staged_ns", "computed_ns", "request_id", "status")
+    __slots__ = ("output", "backend", "mode", "entry", "queued_ns", "staged_ns", "computed_ns", "request_id", "status", "generation")
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class ForwardReply(_message.Message):
     COMPUTED_NS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     output: Tensor
     backend: str
     mode: str
@@ -66,7 +67,8 @@ class ForwardReply(_message.Message):
     computed_ns: int
     request_id: str
     status: _status_pb2.Status
-    def __init__(self, output: _Optional[_Union[Tensor, _Mapping]] = ..., backend: _Optional[str] = ..., mode: _Optional[str] = ..., entry: _Optional[str] = ..., queued_ns: _Optional[int] = ..., staged_ns: _Optional[int] = ..., computed_ns: _Optional[int] = ..., request_id: _Optional[str] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    generation: int
+    def __init__(self, output: _Optional[_Union[Tensor, _Mapping]] = ..., backend: _Optional[str] = ..., mode: _Optional[str] = ..., entry: _Optional[str] = ..., queued_ns: _Optional[int] = ..., staged_ns: _Optional[int] = ..., computed_ns: _Optional[int] = ..., request_id: _Optional[str] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class ListLayersRequest(_message.Message):
     __slots__ = ("model",)

@@ -118,4 +118,12 @@ def _empty_reply(ticket: Ticket, row: Row) -> ForwardReply:
     output = WireTensor(ticket.form.reply_dtype, (0, ticket.resident.spec.hidden), memoryview(b""))
     waited = time.monotonic_ns() - ticket.arrived_ns
     request_id = ticket.call.request_id
-    return ForwardReply(output, row.backend, row.mode, row.entry, waited, 0, 0, request_id)
+    return ForwardReply(
+        output,
+        row.backend,
+        row.mode,
+        row.entry,
+        waited,
+        request_id=request_id,
+        generation=ticket.resident.generation,
+    )

@@ -90,6 +90,7 @@ class Flight:
                 staged_ns,
                 computed_ns,
                 request_id,
+                generation=ticket.resident.generation,
             )
             answers.append(self._first_fault(ticket, begin, end) or reply)
             begin = end
