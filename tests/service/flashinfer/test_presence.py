@@ -100,3 +100,17 @@ def test_the_h20_has_a_module_of_its_own(
         assert modules.cutlass("100") == "fused_moe_100"
     monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "0")
     assert modules.cutlass("90") == "fused_moe_90" and not special()
+
+
+def test_a_home_that_cannot_be_written(
+    card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashInfer makes directories as it is imported; a layer must not fail for that."""
+
+    def refuse() -> None:
+        raise PermissionError(13, "Permission denied", "/root/.cache")
+
+    monkeypatch.setattr(modules, "_environment", refuse)
+    backend = cutlass(QuantScheme.BF16)
+    (text,) = texts(backend.check(), backend)
+    assert "/root/.cache" in text and "FLASHINFER_WORKSPACE_BASE" in text

@@ -12,6 +12,8 @@ from expertd_wire.errors import Refusal
 
 CARD_ONLY = "it runs on an NVIDIA card only: start with --device cuda:0"
 
+WRITABLE = "it writes below its home as it is imported: FLASHINFER_WORKSPACE_BASE names another"
+
 
 class FlashInferBackend(Backend):
     """A layer on one of FlashInfer's entries."""
@@ -35,7 +37,10 @@ class FlashInferBackend(Backend):
         elif self.device.type != "cuda":
             yield CARD_ONLY
         else:
-            yield from self._missing()
+            try:
+                yield from self._missing()
+            except (ImportError, OSError) as error:
+                yield f"FlashInfer cannot be imported: {error}; {WRITABLE}"
 
     def _warm_up(self, tokens: Sequence[int]) -> None:
         sizes = sorted(set(tokens))

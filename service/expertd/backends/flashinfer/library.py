@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import threading
 from functools import cache
 from typing import Any
@@ -53,4 +54,13 @@ def simulated() -> bool:
 
 @cache
 def _flashinfer() -> FlashInfer:
+    adopt(importlib.import_module("flashinfer.jit.core").logger)
     return FlashInfer()
+
+
+def adopt(logger: logging.Logger) -> None:
+    """Its lines come through our log, in the style that was asked for; its own file stays."""
+    for handler in list(logger.handlers):
+        if type(handler) is logging.StreamHandler:
+            logger.removeHandler(handler)
+    logger.parent = logging.getLogger()
