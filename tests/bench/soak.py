@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -261,6 +261,22 @@ def known_answers(server: Server, seed: int) -> Iterator[Sample]:
             yield Sample(rows, routing, answer)
 
 
+def fill_pools(server: Server) -> None:
+    """As many callers at once as there are threads, and more: pools start threads when needed."""
+
+    def ask() -> None:
+        with Client(server.grpc) as client:
+            for _ in range(20):
+                with suppress(ExpertdError):
+                    client.forward("echo", 0, np.zeros((LARGEST, WIDTH), np.float32))
+
+    crowd = [threading.Thread(target=ask) for _ in range(40)]
+    for thread in crowd:
+        thread.start()
+    for thread in crowd:
+        thread.join()
+
+
 def watch(server: Server, score: Score, minutes: float) -> list[Usage]:
     """Prints what the server holds until the time is over; the usage seen, without the warm-up."""
     begin, seen = time.monotonic(), []
@@ -297,6 +313,7 @@ def left_behind(server: Server) -> dict[str, float]:
 def soak(server: Server, args: Any) -> int:
     """Exit code 0 if nothing was lost or wrong and nothing stayed behind."""
     samples, score = list(known_answers(server, args.seed)), Score()
+    fill_pools(server)
     end = time.monotonic() + args.minutes * 60
     callers = [Caller(server, samples, score, end, args.seed + n) for n in range(args.callers)]
     for caller in callers:

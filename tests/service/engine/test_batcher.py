@@ -24,8 +24,9 @@ FORM = CallForm(RoutingForm.NONE, "float32")
 
 def ticket(tokens: int = 1, nbytes: int = 1, deadline: float | None = None, **form: Any) -> Ticket:
     call = wire_call(hidden_states=torch.zeros(tokens, 1), priority=form.pop("priority", 0))
+    client = form.pop("client", "")
     form_ = CallForm(RoutingForm.NONE, "float32", **form)
-    return Ticket(call, LAYER, form_, tokens, nbytes, deadline, "test")
+    return Ticket(call, LAYER, form_, tokens, nbytes, deadline, "test", client)
 
 
 def queued() -> int:
@@ -210,3 +211,48 @@ def test_a_call_cancelled_by_its_carrier_leaves_the_budget_at_once() -> None:
     assert queued() == 1
     batcher.submit(ticket())
     batcher.fail_all("over")
+
+
+def test_a_full_queue_makes_room_for_a_client_with_less() -> None:
+    batcher = Batcher(Budget(max_queued_tokens=10), Rules())
+    held = [ticket(5, client="much"), ticket(3, client="much"), ticket(2, client="much")]
+    for each in held:
+        batcher.submit(each)
+    batcher.submit(newcomer := ticket(4, client="little"))
+    for gone in held[1:]:
+        with pytest.raises(Overloaded, match="beyond its client's share") as caught:
+            gone.future.result(0)
+        assert caught.value.retry_seconds is not None
+    assert queued() == 9
+    with pytest.raises(Overloaded, match="whose share is 5"):
+        batcher.submit(ticket(1, client="much"))
+    assert batcher.next_batch() == [held[0], newcomer] and queued() == 0
+
+
+def test_what_a_refused_caller_is_told_comes_from_the_queues_own_speed() -> None:
+    batcher = Batcher(Budget(max_queued_tokens=10), Rules(max_batch_tokens=1))
+    for _ in range(10):
+        batcher.submit(ticket())
+    for _ in range(3):
+        batcher.next_batch()
+    with pytest.raises(Overloaded) as caught:
+        batcher.submit(ticket(1000))
+    told = caught.value.retry_seconds
+    assert told is not None and f"retry in {told:.3g} s" in str(caught.value)
+    assert told == batcher._rate.seconds(997)
+    batcher.fail_all("over")
+
+
+def test_a_delayed_batch_forms_and_a_drain_waits_for_no_delay() -> None:
+    batcher = Batcher(Budget(), Rules(max_batch_tokens=3, delay_ns=3600 * 10**9))
+    calls = [ticket() for _ in range(3)]
+    got: list[list[Ticket]] = []
+    waiter = threading.Thread(target=lambda: got.append(batcher.next_batch()))
+    waiter.start()
+    for each in calls:
+        batcher.submit(each)
+    waiter.join(10)
+    assert got == [calls], "full: it need not wait for an hour"
+    batcher.submit(last := ticket())
+    batcher.close("draining")
+    assert batcher.next_batch() == [last]
