@@ -65,19 +65,28 @@ def anonymous_bytes(process: subprocess.Popen[str]) -> int:
     return sum(int(line.split()[1]) << 10 for line in text.splitlines() if "RssAnon" in line)
 
 
-@pytest.mark.slow
-def test_a_server_killed_while_it_loads_leaves_nothing(tmp_path: Path) -> None:
-    model = large(tmp_path / "m")
-    (home := tmp_path / "home").mkdir()
-    shm = tree(SHM)
+def killed_within_its_load(home: Path, model: Path) -> bool:
+    """Kills a server when a tenth of the 600 MB is there; whether it had not all of them yet."""
     with started(home, "serve", *PORTS, "--model", f"m={model}") as process:
-        before = tree(tmp_path)
         until(lambda: opens(process, model / "model.safetensors"), process)
         empty = anonymous_bytes(process)
         until(lambda: anonymous_bytes(process) > empty + (64 << 20), process)
         kill(process)
         assert process.stderr is not None
-        assert '"bytes": 603979776' not in process.stderr.read(), "killed too late"
+        return '"bytes": 603979776' not in process.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_server_killed_while_it_loads_leaves_nothing(tmp_path: Path) -> None:
+    model = large(tmp_path / "m")
+    for attempt in range(5):
+        home = tmp_path / f"home {attempt}"
+        (home / "tmp").mkdir(parents=True)
+        shm, before = tree(SHM), tree(tmp_path)
+        if killed_within_its_load(home, model):
+            break  # on a busy machine it may be over before this process gets its turn
+    else:
+        raise AssertionError("killed too late, each time")
     assert tree(tmp_path) == before and tree(SHM) <= shm
     with serving(home, "--model", f"m={model}") as server, Client(server.grpc) as client:
         (info,) = client.layers("m")
