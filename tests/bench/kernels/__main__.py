@@ -33,8 +33,9 @@ def tell(cell: Cell) -> None:
         return
     t = cell.timing
     spread, how = t.high - t.low, "" if t.graph else f"  eager: {t.why_eager}"
+    wrong = "" if cell.right else "  WRONG"
     figures = f"{t.median:9.1f} us  iqr {spread:6.1f}  {cell.ratio:5.2f} x roof"
-    print(f"{head} {figures}  error {cell.error:.1e}{how}", flush=True)
+    print(f"{head} {figures}  error {cell.error:.1e}{wrong}{how}", flush=True)
 
 
 def arguments() -> argparse.Namespace:

@@ -15,6 +15,7 @@ from tests.bench.kernels.weights import random_batches, random_weights
 from expertd.backends.base import Backend, Batch
 from expertd.capability.device import DeviceInfo
 from expertd.capability.row import Row
+from expertd.proof.run import TOLERANCES
 
 GRAPH_US = 1500.0
 LEAST_CALLS, MOST_CALLS = 2, 16
@@ -32,7 +33,13 @@ class Cell:
     timing: Timing | None = None
     roof: Roof | None = None
     error: float = float("nan")
+    tolerance: float = 0.0
     fault: str = ""
+
+    @property
+    def right(self) -> bool:
+        """Whether it computed what it should: NaN is not."""
+        return self.error <= self.tolerance
 
     @property
     def ratio(self) -> float:
@@ -98,7 +105,8 @@ class Bench:
         error = error_of(backend, reference, batches[0])
         timing = time_calls([_call(backend, batch) for batch in batches], self.seconds)
         bound = roof(self.card, shape, batches, dtype)
-        return Cell(shape.name, tokens, label(row), dtype, timing, bound, error)
+        tolerance = TOLERANCES[row.activation_quant]
+        return Cell(shape.name, tokens, label(row), dtype, timing, bound, error, tolerance)
 
     def _faulty(self, shape: Shape, row: Row, tokens: int, error: Exception) -> Cell:
         text = f"{type(error).__name__}: {error}"[:300]

@@ -77,9 +77,11 @@ def test_shapes_are_found_by_parts_of_their_names() -> None:
 def test_tables_show_best_goal_marks_and_faults() -> None:
     shape = Shape("small", SHAPES[0].spec, {VLLM: {16: 1.03}})
     slower = replace(TIMING, median=30.0, graph=False)
+    faster = replace(TIMING, median=5.0)
     cells = [
-        Cell("small", 16, "a bf16", "bf16", TIMING, Roof(19.0, "memory"), 2e-3),
-        Cell("small", 16, "b fp8", "fp8", slower, Roof(19.0, "memory"), 3e-2),
+        Cell("small", 16, "a bf16", "bf16", TIMING, Roof(19.0, "memory"), 2e-3, 1e-2),
+        Cell("small", 16, "b fp8", "fp8", slower, Roof(19.0, "memory"), 3e-2, 8e-2),
+        Cell("small", 16, "c fp8", "fp8", faster, Roof(19.0, "memory"), 5e-1, 8e-2),
         Cell("small", 64, "b fp8", "fp8", fault="RuntimeError: no"),
     ]
     facts = {
@@ -96,6 +98,7 @@ def test_tables_show_best_goal_marks_and_faults() -> None:
     assert "Goals met: 1 of 1." in text and "kernels in 0 of 0 (goal" in text
     assert "| a bf16 | **20.0 (2.0) 1.05×** 2e-03 |" in text
     assert "| b fp8 | 30.0 (2.0) 1.58× 3e-02 E |" in text
+    assert "| c fp8 | 5.0 (2.0) 0.26× 5e-01 WRONG |" in text
     assert "| goal | 1.10× met |" in text
     assert f"| {VLLM} | 1.03 |" in text
     assert "- b fp8, 64 tokens: RuntimeError: no" in text
