@@ -34,8 +34,6 @@ def run(args: argparse.Namespace) -> int:
         reply = _call(args)
     except ExpertdError as error:
         print(f"expertd: {error}", file=sys.stderr)
-        for reason in error.reasons:
-            print(f"  {reason.backend}/{reason.mode}: {reason.text}", file=sys.stderr)
         return 1
     report = _report(reply)
     print(json.dumps(report)) if args.json else _show(report)
