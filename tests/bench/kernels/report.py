@@ -84,7 +84,7 @@ def _head(facts: dict[str, Any]) -> Iterator[str]:
     yield f"    {facts['command']}"
     yield ""
     yield "Each cell: µs of a whole routed call (interquartile range), times of the roof, relative"
-    yield "error against fp32. E: measured eagerly, no graph. WRONG: beyond what its format may err."
+    yield "error against fp32. E: measured eagerly, no graph. WRONG: more than its format may err."
     yield "Bold: the fastest plan that is right."
 
 
