@@ -11,7 +11,7 @@ from expertd.backends.base import Batch
 from expertd.backends.identity.backend import Identity
 from expertd.cli import main
 
-NO_MEMORY, LOST, SLOW = 1.0, 2.0, 3.0
+NO_MEMORY, LOST, SLOW, INTERVAL = 1.0, 2.0, 3.0, 4.0
 FAULTS = {
     NO_MEMORY: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB"),
     LOST: torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
@@ -27,6 +27,8 @@ def forward(self: Identity, batch: Batch) -> None:
     if wanted in FAULTS:
         raise FAULTS[wanted]
     plain(self, batch)
+    if wanted == INTERVAL:
+        batch.out.fill_(sys.getswitchinterval())
 
 
 if __name__ == "__main__":

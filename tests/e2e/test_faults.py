@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.e2e import faulty
-from tests.e2e.servers import Server, serving
+from tests.e2e.servers import Server, in_process, serving
 
+from expertd.engine.policy import Rules
 from expertd_client import Client, Overloaded, Unavailable
 
 FAULTY = [sys.executable, "-m", "tests.e2e.faulty"]
@@ -41,6 +42,20 @@ def test_no_memory_fails_one_call_and_the_server_goes_on(server: Server) -> None
             assert caught.value.retry_seconds == 1.0
             np.testing.assert_array_equal(client.forward("echo", 0, rows(0)), rows(0))
         assert client.health()
+
+
+def test_one_busy_thread_keeps_the_others_waiting_for_half_a_millisecond(server: Server) -> None:
+    with Client(server.grpc) as client:
+        told = client.forward("echo", 0, rows(faulty.INTERVAL))
+    assert told == pytest.approx(0.0005)
+
+
+def test_the_flags_reach_the_engine() -> None:
+    flags = ("--batch-delay-us", "7", "--batch-invariant", "--max-batch-tokens", "9")
+    with in_process("--identity", "echo=8", *flags) as (app, _):
+        assert app.engine._options.rules == Rules(9, 7000, merge=False)
+    with in_process("--identity", "echo=8") as (app, _):
+        assert app.engine._options.rules == Rules(8192, 0, merge=True)
 
 
 def test_a_lost_device_ends_the_process_with_70(server: Server) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
+from typing import NoReturn
 
 import torch
 
@@ -55,7 +57,6 @@ class Executor:
         self._failed = threading.Event()
         self._over = threading.Event()
         self._dying = threading.Lock()
-        self._wrecks: list[BaseException] = []
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._lander = threading.Thread(target=self._land_all, name="lander", daemon=True)
 
@@ -155,9 +156,6 @@ class Executor:
         with self._dying:
             self._failed.set()
             if lost:
-                # Freeing what a lost device was told to write ends the process before its time: the
-                # error's frames keep it.
-                self._wrecks.append(error)
                 self._on_lost()
             why = LOST if lost else BROKEN
             self._batcher.fail_all(why)
@@ -165,6 +163,17 @@ class Executor:
                 _fail(tickets, unavailable(why))
         self._free.put(self._stagings[0])  # an executor that waits for one sees that it is over
         self._over.set()
+        if lost:
+            _hold_on()
+
+
+def _hold_on() -> NoReturn:
+    """Never returns, so that the error's frames keep what the lost device was told to write.
+
+    Freeing that aborts the process before it can end as it should.
+    """
+    while True:
+        time.sleep(3600)
 
 
 def _recover(staging: Staging) -> None:
