@@ -18,6 +18,8 @@ from expertd_client.errors import (
     LayerFailed,
     NotFound,
     Overloaded,
+    PermissionDenied,
+    Unauthenticated,
     Unavailable,
 )
 from expertd_client.fleet.editions import Edition, Offer, choose, editions
@@ -52,6 +54,7 @@ class Replica:
         self.layers: dict[LayerKey, pb.LayerInfo] | None = None
         self.epoch = 0
         self.stalled = False
+        self.refusal: ExpertdError | None = None
         self.pace = Pace()
         self.pause = Pause()
         self.queued_by_others = 0
@@ -77,12 +80,14 @@ class Replica:
     @property
     def contacted(self) -> bool:
         """Whether it has answered, or is known to be out of service."""
-        return self.serving is False or (self.serving is True and self.layers is not None)
+        answered = self.layers is not None or self.refusal is not None
+        return self.serving is False or (self.serving is True and answered)
 
     def health(self, serving: bool) -> None:
         """What its health service says; what it holds may have changed with it."""
         if serving != self.serving:
-            self.serving, self.layers, self.epoch = serving, None, self.epoch + 1
+            self.serving, self.epoch = serving, self.epoch + 1
+            self.layers = self.refusal = None
             self.pause.succeeded()
             self.nudge.set()
 
@@ -91,7 +96,7 @@ class Replica:
         self.layers = {(layer.model, layer.layer): layer for layer in layers}
         queued = sum(layer.queued_tokens for layer in layers)
         self.queued_by_others = max(0, queued - self.pace.rows)
-        self.stalled = False
+        self.stalled, self.refusal = False, None
 
 
 class Fleet:
@@ -166,7 +171,8 @@ class Fleet:
     def edition(self, model: str, layer: int) -> Edition | None:
         """The weights that a call of now is to use; None if nobody has any.
 
-        Raises NotFound or LayerFailed if every replica has answered, and none will ever have them.
+        Raises NotFound or LayerFailed if every replica has answered, and none will ever have them,
+        or the reason for which they do not say what they have.
         """
         found = self.editions(model, layer)
         if not found:
@@ -182,6 +188,9 @@ class Fleet:
         known = [offer for offer in self.offers(model) if offer.layer.layer == layer]
         if not self.replicas or not all(r.serving and r.contacted for r in self.replicas.values()):
             return
+        refusals = [r.refusal for r in self.replicas.values() if r.refusal is not None]
+        if refusals and not known:
+            raise refusals[0].with_traceback(None)
         if not known:
             served = sorted({o.layer.model for o in self.offers()})
             raise NotFound(
@@ -256,6 +265,8 @@ class Fleet:
         except Unavailable:
             if replica.serving is None:
                 replica.serving = False
+        except (Unauthenticated, PermissionDenied) as error:
+            replica.refusal = error
         except ExpertdError as error:
             log.warning("replica %s: %s", replica.target, error)
 

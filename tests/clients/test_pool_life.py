@@ -10,10 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.clients.fleets import EXPERTS, HIDDEN, LAYER, MODEL, ranges, whole
-from tests.clients.pooling import FOUR, drawn, pool_over
+from tests.clients.pooling import FOUR, drawn, pool_over, right
 
 from expertd_client import AsyncExpertPool, ExpertPool
-from expertd_client.errors import InvalidArgument, LayerFailed, NotFound, Unavailable
+from expertd_client.errors import (
+    InvalidArgument,
+    LayerFailed,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +76,22 @@ def test_unknown_model_and_failed_layer(pool_of: Any) -> None:
         server.state = "failed"
     with pool_of(fleet) as pool, pytest.raises(LayerFailed, match="as told by a test"):
         pool.forward(MODEL, LAYER, rows, router_logits=logits)
+
+
+def test_replicas_that_let_nobody_in(pool_of: Any) -> None:
+    """Waiting would not help, so the call is told why, at once."""
+    fleet, (rows, logits) = whole(2), drawn(2)
+
+    async def refuse() -> None:
+        raise Unauthenticated("a token is needed")
+
+    for server in fleet:
+        server.probe = refuse
+    with pool_of(fleet) as pool, pytest.raises(Unauthenticated, match="a token is needed"):
+        pool.forward(MODEL, LAYER, rows, router_logits=logits)
+    fleet[1].probe = None
+    with pool_of(fleet) as pool:
+        right(pool.forward(MODEL, LAYER, rows, router_logits=logits), rows, logits)
 
 
 def test_what_the_pool_knows(pool_of: Any) -> None:

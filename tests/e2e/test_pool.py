@@ -20,7 +20,12 @@ from tests.strategies import generator, random_topk
 
 from expertd.weights.demo import write_demo
 from expertd_client import AsyncExpertPool, Client, ExpertPool
-from expertd_client.errors import ExpertsUnavailable, InvalidArgument
+from expertd_client.errors import (
+    ExpertsUnavailable,
+    InvalidArgument,
+    PermissionDenied,
+    Unauthenticated,
+)
 
 EXPERTS, HIDDEN = 32, 256
 HALVES = ("0-15", "16-31")
@@ -232,3 +237,17 @@ def test_a_layer_is_loaded_again_under_calls(checkpoint: Path) -> None:
                 assert pool.forward("m", 0, rows, router_logits=logits).equal(expected)
                 assert app.residents.get("m", 0).generation == generation
                 assert pool.layer("m", 0).generation == generation
+
+
+def test_tokens(tmp_path: Path) -> None:
+    """A pool shows its token to every replica, and is told at once if it is not enough."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("infer the-token-for-calls\nmetrics the-token-for-metrics\n")
+    rows = np.ones((3, 16), np.float32)
+    with in_process("--identity", "echo=16", "--tokens", str(tokens)) as (app, address):
+        assert app.wait_ready()
+        with ExpertPool(address.grpc, token="the-token-for-calls") as pool:
+            assert (pool.forward("echo", 0, rows) == rows).all()
+        for token, error in ((None, Unauthenticated), ("the-token-for-metrics", PermissionDenied)):
+            with ExpertPool(address.grpc, token=token) as pool, pytest.raises(error):
+                pool.forward("echo", 0, rows, timeout=60)
