@@ -5,38 +5,34 @@ from __future__ import annotations
 import itertools
 import random
 import secrets
-import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tests.e2e.fleet import Replica, replicas
+from tests.e2e.fleet import replicas
+from tests.e2e.storm import FATES, FROZEN, Storm, Windows, storms
 from tests.e2e.truth import block_output, state_of, tensors_of
 
 from expertd.weights.demo import write_demo
 from expertd_client import DeadlineExceeded, ExpertdError, ExpertPool, ExpertsUnavailable
 
-SECONDS = 60
 PATIENCE = 40.0
 """A timeout longer than a restart takes on a busy machine."""
-FROZEN, PROMPT_SECONDS = 14.0, 12.0
+PROMPT_SECONDS = FROZEN - 2
 """A replica is stopped for longer than some calls may take: another one has to answer them."""
-SCHEDULING = 2.0
-"""How late a call may end: eight callers and up to four servers share a few cores."""
+LATE = 1.0
+"""How late a call may end, beyond what a thread that only sleeps woke up late in that time."""
+BEAT, PAUSE = 0.05, 0.02
+"""How long that thread sleeps, and a caller after an error."""
 ROUNDING = 0.2
 """How early a call may end because its deadline has come."""
-SETTLED = 2.0
-"""After a replica is ready, the time that a pool may need to see it."""
 TOLERANCE = 1e-5
 
 
@@ -124,23 +120,27 @@ class Outcome:
             return type(self.error).__name__
         return "incomplete" if self.incomplete else "ok"
 
+    def __str__(self) -> str:
+        took = f"{self.seconds:.2f} of {self.timeout:.2f} s from {self.begin:.2f}"
+        return f"{self.kind.name}: {took}: {self.how}, {self.wrong} wrong rows: {self.error}"
+
 
 @dataclass
-class Windows:
-    """When no replica of some range was alive."""
+class Pulse:
+    """How late the threads of this process run: a few cores bear eight callers and four servers."""
 
-    spans: list[tuple[float, float]] = field(default_factory=list)
+    missed: list[tuple[float, float]] = field(default_factory=list)
 
-    @contextmanager
-    def marked(self) -> Iterator[None]:
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self.spans.append((begin, time.monotonic()))
+    def beat(self, over: threading.Event) -> None:
+        while not over.is_set():
+            due = time.monotonic() + BEAT
+            time.sleep(BEAT)
+            self.missed.append((due, time.monotonic()))
 
-    def met(self, outcome: Outcome) -> bool:
-        return any(outcome.begin < end and begin < outcome.end for begin, end in self.spans)
+    def lateness(self, begin: float, end: float) -> float:
+        """Seconds between begin and end in which the thread should have run and did not."""
+        spans = (min(woke, end) - max(due, begin) for due, woke in self.missed)
+        return sum(span for span in spans if span > 0)
 
 
 def call(pool: ExpertPool, kind: Kind, case: Case, dice: random.Random) -> Outcome:
@@ -160,103 +160,53 @@ def call(pool: ExpertPool, kind: Kind, case: Case, dice: random.Random) -> Outco
     return Outcome(kind, timeout, begin, end, wrong, int((~complete).sum()))
 
 
-def kill(replica: Replica, dice: random.Random) -> None:
-    replica.end()
-    time.sleep(dice.uniform(0, 1))
-    replica.start()
-
-
-def freeze(replica: Replica, dice: random.Random) -> None:
-    replica.send(signal.SIGSTOP)
-    time.sleep(FROZEN)
-    replica.send(signal.SIGCONT)
-
-
-def freeze_and_kill(replica: Replica, dice: random.Random) -> None:
-    replica.send(signal.SIGSTOP)
-    time.sleep(dice.uniform(0.5, 3))
-    kill(replica, dice)
-
-
-def drain(replica: Replica, dice: random.Random) -> None:
-    with grpc.insecure_channel(replica.grpc) as channel:
-        channel.unary_unary("/expertd_wire.v1.Admin/Drain")(b"", timeout=PATIENCE)
-    assert replica.wait() == 0
-    replica.start()
-
-
-def restart(replica: Replica, dice: random.Random) -> None:
-    assert replica.end(signal.SIGTERM) == 0
-    replica.start()
-
-
-Fate = Callable[[Replica, random.Random], None]
-FATES: tuple[Fate | None, ...] = (kill, freeze, drain, freeze_and_kill, None, restart)
-"""What befalls one replica of a range; None: both are killed, in a marked window."""
+def allowed(outcome: Outcome, windows: Windows, pulse: Pulse) -> bool:
+    """Whether a call may have ended so."""
+    error, deadline = outcome.error, outcome.begin + outcome.timeout
+    late = outcome.end - deadline - pulse.lateness(deadline, outcome.end)
+    if late > LATE or outcome.wrong:
+        return False
+    if error is None:
+        return not outcome.incomplete or windows.meet(outcome.begin, outcome.end)
+    waited = isinstance(error, DeadlineExceeded | ExpertsUnavailable)
+    if waited and outcome.seconds > outcome.timeout - ROUNDING:
+        return outcome.kind is HASTY or windows.meet(outcome.begin, outcome.end)
+    return isinstance(error, ExpertsUnavailable) and windows.meet(outcome.begin, outcome.end)
 
 
 @dataclass
-class Storm:
-    """Brings fate upon the two replicas of a range, one at a time, until its time is over."""
+class Trial:
+    """Callers, and what came of their calls."""
 
-    pair: list[Replica]
-    fates: list[Fate | None]
-    windows: Windows
+    asked: list[Case]
     dice: random.Random
-    until: float
-    alone: threading.Lock
-    came: Counter[str] = field(default_factory=Counter)
+    windows: Windows = field(default_factory=Windows)
+    pulse: Pulse = field(default_factory=Pulse)
+    outcomes: list[Outcome] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
 
-    def rage(self) -> None:
-        while time.monotonic() < self.until:
-            for fate in self.fates:
-                if time.monotonic() < self.until:
-                    self.strike(fate)
-            self.dice.shuffle(self.fates)
+    def caller(self, kind: Kind, pool: ExpertPool, dice: random.Random) -> None:
+        while not self.over.is_set():
+            outcome = call(pool, kind, dice.choice(self.asked), dice)
+            self.outcomes.append(outcome)
+            if outcome.error is not None:
+                time.sleep(PAUSE)
 
-    def strike(self, fate: Fate | None) -> None:
-        # A window in one range must not excuse calls that a frozen replica of the other loses.
-        with self.alone if fate in (freeze, None) else nullcontext():
-            if fate is None:
-                self.outage()
-            else:
-                fate(self.dice.choice(self.pair), self.dice)
-                time.sleep(SETTLED)
-        self.came[getattr(fate, "__name__", "outage")] += 1
-
-    def outage(self) -> None:
-        """Kills both, in a marked window."""
-        with self.windows.marked():
-            both = [threading.Thread(target=kill, args=(r, self.dice)) for r in self.pair]
-            for thread in both:
-                thread.start()
-            for thread in both:
-                thread.join()
-            time.sleep(SETTLED)
-
-
-def storms(fleet: list[Replica], windows: Windows, dice: random.Random) -> list[Storm]:
-    """One for each range; they begin at different fates."""
-    until, half = time.monotonic() + SECONDS, len(FATES) // 2
-    decks = [list(FATES), list(FATES[half:] + FATES[:half])]
-    pairs, alone = [fleet[:2], fleet[2:]], threading.Lock()
-    return [
-        Storm(pair, deck, windows, random.Random(dice.random()), until, alone)
-        for pair, deck in zip(pairs, decks, strict=True)
-    ]
-
-
-def allowed(outcome: Outcome, windows: Windows) -> bool:
-    """Whether a call may have ended so."""
-    error = outcome.error
-    if outcome.seconds > outcome.timeout + SCHEDULING or outcome.wrong:
-        return False
-    if error is None:
-        return not outcome.incomplete or windows.met(outcome)
-    late = isinstance(error, DeadlineExceeded | ExpertsUnavailable)
-    if late and outcome.seconds > outcome.timeout - ROUNDING:
-        return outcome.kind is HASTY or windows.met(outcome)
-    return isinstance(error, ExpertsUnavailable) and windows.met(outcome)
+    def run(self, storms: list[Storm], waits: ExpertPool, gives_up: ExpertPool) -> None:
+        """Callers call until the storms are over."""
+        raging = [threading.Thread(target=storm.rage) for storm in storms]
+        others = [threading.Thread(target=self.pulse.beat, args=(self.over,))]
+        for kind in CALLERS:
+            own = kind, waits if kind.waits else gives_up, random.Random(self.dice.random())
+            others.append(threading.Thread(target=self.caller, args=own))
+        for thread in [*others, *raging]:
+            thread.start()
+        for thread in raging:
+            thread.join()
+        self.over.set()
+        for thread in others:
+            thread.join(2 * PATIENCE)
+        assert not any(thread.is_alive() for thread in others)
 
 
 @pytest.mark.slow
@@ -264,46 +214,25 @@ def allowed(outcome: Outcome, windows: Windows) -> bool:
 def test_every_call_is_right_whatever_dies(home: Path) -> None:
     seed = secrets.randbits(32)
     print(f"seed {seed}")
-    dice, windows, outcomes = random.Random(seed), Windows(), list[Outcome]()
     write_demo(home / "chaos", "deepseek_v3", "fp32", seed=seed)
     asked = cases(home / "chaos", np.random.default_rng(seed))
-    over = threading.Event()
-
-    def caller(kind: Kind, pool: ExpertPool, own: random.Random) -> None:
-        while not over.is_set():
-            outcomes.append(call(pool, kind, own.choice(asked), own))
-
+    trial = Trial(asked, random.Random(seed))
     with replicas(home, "--model", f"m={home / 'chaos'}", "--drain-seconds", "20") as fleet:
         targets = [replica.grpc for replica in fleet]
         with (
             ExpertPool(targets, shard="experts") as waits,
             ExpertPool(targets, shard="experts", wait_for_experts=False) as gives_up,
         ):
-            first = [call(pool, PATIENT, c, dice) for pool in (waits, gives_up) for c in asked]
-            assert [o.error for o in first if o.error or o.wrong] == []
-            callers = [
-                threading.Thread(
-                    target=caller,
-                    args=(k, waits if k.waits else gives_up, random.Random(dice.random())),
-                )
-                for k in CALLERS
-            ]
-            raging = storms(fleet, windows, dice)
-            threads = [threading.Thread(target=storm.rage) for storm in raging]
-            for thread in [*callers, *threads]:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            over.set()
-            for thread in callers:
-                thread.join(PATIENCE + SCHEDULING)
-            assert not any(thread.is_alive() for thread in callers)
+            calm = [call(pool, PATIENT, c, trial.dice) for pool in (waits, gives_up) for c in asked]
+            assert [str(o) for o in calm if o.error or o.wrong] == []
+            raging = storms(fleet, trial.windows, trial.dice)
+            trial.run(raging, waits, gives_up)
 
     came = sum((storm.came for storm in raging), Counter[str]())
-    ended = Counter((o.kind.name, o.how) for o in outcomes)
-    print(f"fates {dict(came)}; windows {len(windows.spans)}; calls {dict(ended)}")
-    bad = [outcome for outcome in outcomes if not allowed(outcome, windows)]
-    assert bad == [], f"{len(bad)} of {len(outcomes)} calls"
+    ended = Counter((o.kind.name, o.how) for o in trial.outcomes)
+    print(f"fates {dict(came)}; {trial.windows}; calls {dict(ended)}")
+    bad = [str(o) for o in trial.outcomes if not allowed(o, trial.windows, trial.pulse)]
+    assert not bad, "\n".join([f"{len(bad)} of {len(trial.outcomes)}", *bad[:9]])
     assert all(ended[kind.name, "ok"] > 20 for kind in CALLERS)
     for kind, how in (("impatient", "ExpertsUnavailable"), ("partial", "incomplete")):
         assert ended[kind, how], "nobody noticed that a range was gone"
@@ -311,7 +240,7 @@ def test_every_call_is_right_whatever_dies(home: Path) -> None:
 
 
 def test_the_judge_sees_every_fault() -> None:
-    windows = Windows([(10.0, 20.0)])
+    windows, pulse = Windows([(10.0, 20.0)]), Pulse([(0.5, 0.6), (30.0, 33.0)])
     gone, late = ExpertsUnavailable("gone"), DeadlineExceeded("late")
     fine = (
         Outcome(PATIENT, 5, 0, 1),
@@ -319,6 +248,7 @@ def test_the_judge_sees_every_fault() -> None:
         Outcome(PARTIAL, 5, 9, 11, incomplete=1),
         Outcome(PROMPT, 5, 9, 14, error=late),
         Outcome(HASTY, 1, 0, 1.1, error=late),
+        Outcome(HASTY, 1, 29, 33.5, error=late),
     )
     wrong = (
         Outcome(PATIENT, 5, 0, 1, wrong=1),
@@ -328,11 +258,12 @@ def test_the_judge_sees_every_fault() -> None:
         Outcome(PATIENT, 5, 0, 5, error=late),
         Outcome(PARTIAL, 5, 0, 1, incomplete=1),
         Outcome(HASTY, 1, 0, 0.5, error=late),
-        Outcome(HASTY, 1, 0, 4.1),
+        Outcome(HASTY, 1, 0, 2.2),
+        Outcome(HASTY, 1, 29, 34.5, error=late),
         Outcome(PATIENT, 5, 9, 11, error=ExpertdError("what?")),
     )
-    assert [allowed(outcome, windows) for outcome in fine] == [True] * len(fine)
-    assert [allowed(outcome, windows) for outcome in wrong] == [False] * len(wrong)
+    assert [allowed(outcome, windows, pulse) for outcome in fine] == [True] * len(fine)
+    assert [allowed(outcome, windows, pulse) for outcome in wrong] == [False] * len(wrong)
 
 
 def test_a_part_added_twice_or_left_out_is_seen() -> None:
