@@ -3,7 +3,7 @@
     python -m tests.bench.tiles --out tiles.json [--shapes …] [--tokens …]
 
 Kernels are compiled by many processes first; then each GEMM of each shape is timed by graph replay
-with each candidate, for every height of blocks that may pay, and the fastest sum of both is kept.
+with each candidate, for every height of blocks that may pay, and the fastest is kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ACTIVATION = {"fp8_block128": "fp8_group128", "fp8_tensor": "fp8_tensor"}
 
 @dataclass(frozen=True)
 class Found:
-    """The fastest tile of a GEMM at one height, and its time."""
+    """A tile of a GEMM, and its time."""
 
     tile: Tile
     us: float
@@ -50,33 +50,61 @@ class Found:
 def heights(pairs: int, held: int) -> list[int]:
     """Those near to what an expert gets."""
     each = an_expert(pairs, held)
-    return [m for m in HEIGHTS if m == 16 and each <= 24 or 0.6 * each <= m <= 4 * each][:3] or [
-        128
-    ]
+    near = [m for m in HEIGHTS if 0.4 * each <= m <= 4 * each]
+    return (near or [16 if each < 16 else 128])[-3:]
 
 
-def candidates(
-    m: int, fp8: bool, packed: bool, blocks: bool, halves: int, loose: bool
-) -> Iterator[Tile]:
+@dataclass(frozen=True)
+class Kind:
+    """What of a GEMM decides which tiles may pay; loose: blocks of one pair."""
+
+    fp8: bool
+    packed: bool
+    blocks: bool
+    halves: int
+    loose: bool
+
+
+def candidates(m: int, kind: Kind) -> Iterator[Tile]:
     """Tiles that may pay at a height and fit the card."""
-    narrow, wide = ((32, 64, 128), (4,)) if m <= 32 else ((128, 256), (4, 8))
-    depths = (128,) if blocks else (128, 256) if fp8 or packed else (64, 128)
-    for n, k, warps, stages, swapped in itertools.product(
-        narrow, depths, wide, (2, 3, 4, 5), (False, True)
+    wide = 128 if kind.fp8 or kind.packed else 64
+    depths = (wide,) if kind.blocks or m > 16 else (wide, 2 * wide)
+    stages = (2, 3) if kind.packed else (3, 4, 5) if m > 16 else (3, 5)
+    for n, k, warps, deep, (swapped, mapped), short in itertools.product(
+        widths(m, kind), depths, (4,) if m <= 32 else (4, 8), stages, ways(m, kind), shorts(m)
     ):
-        size = (m * (2 if not fp8 else 1) + halves * n * (0.5 if packed else 1 if fp8 else 2)) * k
-        too_big = size * stages > SHARED or m * n * halves > 128 * 256
-        registers = m * n * halves / (warps * 32)
-        if (
-            too_big
-            or registers > 160
-            or (blocks and (n > 128 or (n < 128 and halves == 2 and not loose)))
-            or (swapped and (n < 64 or not packed))
-        ):
-            continue
-        if registers < 16 and warps == 8:
-            continue
-        yield Tile(m, n, k, 1, warps, stages, swapped)
+        tile = Tile(m, n, k, 1, warps, deep, swapped, mapped, short)
+        if fits(tile, kind):
+            yield tile
+
+
+def widths(m: int, kind: Kind) -> tuple[int, ...]:
+    """Columns; a block of scales bounds them, and its rows' new scales fix them."""
+    if kind.blocks:
+        return (32, 64, 128) if kind.loose else (128,) if kind.halves == 2 else (64, 128)
+    return (32, 64, 128) if m <= 32 else (64, 128) if kind.packed else (128, 256)
+
+
+def ways(m: int, kind: Kind) -> tuple[tuple[bool, bool], ...]:
+    """(swapped, mapped): wgmma wants 64 rows on the left, whatever they are rows of."""
+    both = ((False, False), (False, True))
+    if kind.packed:
+        return (*both[: 1 + (m <= 32)], (True, False), (True, True))
+    return (*both, (True, True)) if m <= 64 else both
+
+
+def shorts(m: int) -> tuple[int, ...]:
+    return (0, 64) if m == 128 else (0,)
+
+
+def fits(tile: Tile, kind: Kind) -> bool:
+    """Whether shared memory and registers suffice, and no warp is idle."""
+    each = 1 if kind.fp8 else 2
+    weights = kind.halves * tile.n * each / (2 if kind.packed else 1)
+    sums = tile.m * tile.n * kind.halves / (tile.warps * 32)
+    enough = (tile.m * each + weights) * tile.k * tile.stages <= SHARED
+    busy = (tile.n >= 64 or not tile.swapped) and (sums >= 32 or tile.warps == 4)
+    return enough and busy and sums <= 160
 
 
 class Search:
@@ -96,8 +124,8 @@ class Search:
         matrix = native.second if second else native.first
         blocks = matrix.kind == "groups" or matrix.format.group == 128
         halves = 2 if self.shape.spec.activation.gated and not second else 1
-        packed = matrix.format.packed == 2
-        return list(candidates(m, matrix.fp8, packed, blocks, halves, loose))
+        kind = Kind(matrix.fp8, matrix.format.packed == 2, blocks, halves, loose)
+        return list(candidates(m, kind))
 
     def call(self, batch: Batch, cut: Cut, second: bool) -> Call:
         assert batch.ids is not None
@@ -105,7 +133,7 @@ class Search:
         return self.backend.calls(batch, cut, memory)[int(second)]
 
 
-def with_tile(m: int, tokens: int, tile: Tile) -> Cut:
+def with_tile(tokens: int, tile: Tile) -> Cut:
     loose = tokens == 1
     return Cut(not loose, loose, tile, tile)
 
@@ -124,9 +152,9 @@ def _compile_part(name: str, tokens: tuple[int, ...], part: int, parts: int) -> 
     few = replace(shape, spec=replace(shape.spec, num_experts=8, expert_end=8))
     search = Search(few, allocate(few.spec, DEVICE, static_inputs="tensor" in few.spec.quant))
     jobs = sorted(set(_kernels(shape, search, tokens)), key=str)
-    for m, loose, second, tile in jobs[part::parts]:
+    for _, loose, second, tile in jobs[part::parts]:
         batch = random_batches(few, 1 if loose else 64, 1, DEVICE)[0]
-        call = search.call(batch, with_tile(m, 1 if loose else 64, tile), second)
+        call = search.call(batch, with_tile(1 if loose else 64, tile), second)
         try:
             call.compile()
         except Exception as error:  # a tile that this card cannot run is no candidate
@@ -159,18 +187,9 @@ def search(shape: Shape, tokens: Sequence[int], seconds: float) -> Iterator[dict
     found = Search(shape, random_weights(shape.spec, DEVICE))
     for count in tokens:
         batches = random_batches(shape, count, 8 if count < 256 else 2, DEVICE)
-        best: tuple[float, Cut] | None = None
-        for m in heights(count * shape.top_k, shape.spec.held):
-            times = [_fastest(found, batches, m, second, seconds) for second in (False, True)]
-            total = sum(one.us for one in times)
-            print(
-                shape.name, count, m, [(astuple(t.tile), round(t.us, 1)) for t in times], flush=True
-            )
-            if best is None or total < best[0]:
-                cut = with_tile(m, count, times[0].tile)
-                best = total, replace(cut, second=times[1].tile)
-        assert best is not None
-        cut = best[1]
+        tiles = [_best(found, batches, second, seconds) for second in (False, True)]
+        print(shape.name, count, [astuple(tile) for tile in tiles], flush=True)
+        cut = replace(with_tile(count, tiles[0]), second=tiles[1])
         yield {
             "work": asdict(found.backend._work),
             "pairs": count * shape.top_k,
@@ -183,24 +202,37 @@ def search(shape: Shape, tokens: Sequence[int], seconds: float) -> Iterator[dict
         }
 
 
+def _best(search: Search, batches: Sequence[Batch], second: bool, seconds: float) -> Tile:
+    """The fastest tile of a GEMM at any height that may pay."""
+    assert batches[0].ids is not None
+    sizes = heights(batches[0].ids.numel(), search.shape.spec.held)
+    found = [_fastest(search, batches, m, second, seconds) for m in sizes]
+    return min(found, key=lambda one: one.us).tile
+
+
 def _fastest(
     search: Search, batches: Sequence[Batch], m: int, second: bool, seconds: float
 ) -> Found:
     found = []
     for tile in search.tiles(m, second, len(batches[0].rows) == 1):
-        calls = [search.call(b, with_tile(m, len(b.rows), tile), second) for b in batches]
+        calls = [search.call(b, with_tile(len(b.rows), tile), second) for b in batches]
         found.append(Found(tile, timed(calls, seconds)))
     best = min(found, key=lambda one: one.us)
-    near = [one for one in sorted(found, key=lambda one: one.us)[:4]]
+    near = sorted(found, key=lambda one: one.us)[:4]
     print("   ", second, [(astuple(one.tile), round(one.us, 1)) for one in near], flush=True)
-    if m < 64:
+    if m < 32:
         return best
     grouped = []
     for together in (1, 2, 4, 8, 16):
         tile = replace(best.tile, together=together)
-        calls = [search.call(b, with_tile(m, len(b.rows), tile), second) for b in batches]
+        calls = [search.call(b, with_tile(len(b.rows), tile), second) for b in batches]
         grouped.append(Found(tile, timed(calls, seconds)))
     return min(grouped, key=lambda one: one.us)
+
+
+def as_text(entries: Sequence[dict[str, object]]) -> str:
+    """JSON with an entry a line."""
+    return "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n"
 
 
 def main() -> int:
@@ -219,7 +251,7 @@ def main() -> int:
         if shape.name in args.shapes:
             for entry in search(shape, args.tokens, args.seconds):
                 entries.append(entry)
-                args.out.write_text(json.dumps(entries))
+                args.out.write_text(as_text(entries))
             torch.cuda.empty_cache()
             print(f"{shape.name} {time.monotonic() - begin:.0f} s", flush=True)
     return 0

@@ -18,10 +18,13 @@ from torch import Tensor
 CHUNK = 1024
 ALIGNED = 64
 
+Heights = tuple[int, int]
+"""How many rows the blocks of the first and of the second GEMM have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The blocks of a call; `most` bounds their number whatever the ids are.
+    """The blocks of a call's GEMM; `most` bounds their number whatever the ids are.
 
     ids [T, K] and first, the first expert held; order [N] sorted pairs; ends [L + 1]: where each
     expert's pairs begin, and the last end; expert and start [most], expert -1 for no block.
@@ -42,53 +45,66 @@ def most_blocks(pairs: int, held: int, size: int) -> int:
     return active + (pairs - active) // size
 
 
-def scratch_ints(pairs: int, held: int, size: int) -> list[int]:
-    """Elements of order, ends, expert, start, and of the sort's own counts and ranks."""
-    most = most_blocks(pairs, held, size)
-    lengths = pairs, held + 1, most, most, triton.next_power_of_2(held + 1), pairs
+def scratch_ints(pairs: int, held: int, heights: Heights) -> list[int]:
+    """Elements of order, ends, the sort's own counts and ranks, and for each GEMM expert, start."""
+    lengths = [pairs, held + 1, triton.next_power_of_2(held + 1), pairs]
+    for height in heights:
+        lengths += [most_blocks(pairs, held, height)] * 2
     return [-(-length // ALIGNED) * ALIGNED for length in lengths]
 
 
-def align(ids_TK: Tensor, first: int, held: int, size: int, scratch: Tensor) -> Blocks:
-    """Sorts the pairs of ids [T, K] into blocks of size; scratch is int32, as scratch_ints says."""
+def align(
+    ids_TK: Tensor, first: int, held: int, heights: Heights, scratch: Tensor
+) -> tuple[Blocks, Blocks]:
+    """The pairs of ids [T, K], sorted once, in blocks of both GEMMs' heights.
+
+    scratch is int32, as scratch_ints says.
+    """
     pairs = ids_TK.numel()
-    sizes = scratch_ints(pairs, held, size)
-    order, ends, expert, start, counts, ranks = torch.split(scratch[: sum(sizes)], sizes)
-    blocks = Blocks(ids_TK, first, most_blocks(pairs, held, size), order, ends, expert, start)
+    sizes = scratch_ints(pairs, held, heights)
+    order, ends, counts, ranks, *lists = torch.split(scratch[: sum(sizes)], sizes)
+    most = [most_blocks(pairs, held, height) for height in heights]
     _align[(1,)](
         ids_TK,
         order,
         ends,
-        expert,
-        start,
         counts,
         ranks,
+        *lists,
         pairs,
         held,
         first,
-        blocks.most,
-        SIZE=size,
+        *most,
+        FIRST=heights[0],
+        SECOND=heights[1],
         EXPERTS=triton.next_power_of_2(held + 1),
         CHUNK=min(CHUNK, triton.next_power_of_2(pairs)),
         num_warps=32 if pairs > CHUNK // 4 else 8,
     )
-    return blocks
+    return (
+        Blocks(ids_TK, first, most[0], order, ends, lists[0], lists[1]),
+        Blocks(ids_TK, first, most[1], order, ends, lists[2], lists[3]),
+    )
 
 
-@triton.jit(do_not_specialize=["pairs", "held", "first", "most"])
+@triton.jit(do_not_specialize=["pairs", "held", "first", "most", "second_most"])
 def _align(
     ids_ptr,
     order_ptr,
     ends_ptr,
-    expert_ptr,
-    start_ptr,
     counts_ptr,
     ranks_ptr,
+    expert_ptr,
+    start_ptr,
+    second_expert_ptr,
+    second_start_ptr,
     pairs,
     held,
     first,
     most,
-    SIZE: tl.constexpr,
+    second_most,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -97,25 +113,20 @@ def _align(
     lane = tl.arange(0, EXPERTS)
     tl.store(counts_ptr + lane, tl.zeros((EXPERTS,), dtype=tl.int32))
     tl.debug_barrier()
-    for begin in range(0, pairs, CHUNK):
-        pair, expert, mine = _pairs(ids_ptr, begin, pairs, held, first, CHUNK)
+    for chunk in range(0, pairs, CHUNK):
+        pair, expert, mine = _pairs(ids_ptr, chunk, pairs, held, first, CHUNK)
         rank = tl.atomic_add(counts_ptr + expert, 1, mask=mine, sem="relaxed", scope="cta")
         tl.store(ranks_ptr + pair, rank, mask=mine)
     tl.debug_barrier()
     # Past the first-level cache, where the atomics do not write.
     count = tl.load(counts_ptr + lane, cache_modifier=".cg")
-    end = tl.cumsum(count, 0)
-    blocks = (count + SIZE - 1) // SIZE
-    block_end = tl.cumsum(blocks, 0)
-    tl.store(ends_ptr + lane, end - count, mask=lane <= held)
-    _cut(expert_ptr, start_ptr, lane, end - count, block_end - blocks, blocks, SIZE)
-    used = tl.sum(blocks, 0)
-    for begin in range(0, most, CHUNK):
-        index = begin + tl.arange(0, CHUNK)
-        tl.store(expert_ptr + index, -1, mask=(index >= used) & (index < most))
+    begin = tl.cumsum(count, 0) - count
+    tl.store(ends_ptr + lane, begin, mask=lane <= held)
+    _cut(expert_ptr, start_ptr, lane, begin, count, most, FIRST, CHUNK)
+    _cut(second_expert_ptr, second_start_ptr, lane, begin, count, second_most, SECOND, CHUNK)
     tl.debug_barrier()
-    for begin in range(0, pairs, CHUNK):
-        pair, expert, mine = _pairs(ids_ptr, begin, pairs, held, first, CHUNK)
+    for chunk in range(0, pairs, CHUNK):
+        pair, expert, mine = _pairs(ids_ptr, chunk, pairs, held, first, CHUNK)
         place = tl.load(ends_ptr + expert, mask=mine, other=0)
         place += tl.load(ranks_ptr + pair, mask=mine, other=0)
         tl.store(order_ptr + place, pair, mask=mine)
@@ -131,12 +142,20 @@ def _pairs(ids_ptr, begin, pairs, held, first, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _cut(expert_ptr, start_ptr, expert, begin, block, blocks, SIZE: tl.constexpr):
-    """Writes each expert's blocks: a few turns for all experts at once."""
+def _cut(
+    expert_ptr, start_ptr, expert, begin, count, most, SIZE: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Writes the blocks of all experts, a few turns for all at once, and -1 behind the last."""
+    blocks = (count + SIZE - 1) // SIZE
+    block = tl.cumsum(blocks, 0) - blocks
     for turn in range(tl.max(blocks, 0)):
         has = turn < blocks
         tl.store(expert_ptr + block + turn, expert, mask=has)
         tl.store(start_ptr + block + turn, begin + turn * SIZE, mask=has)
+    used = tl.sum(blocks, 0)
+    for chunk in range(0, most, CHUNK):
+        index = chunk + tl.arange(0, CHUNK)
+        tl.store(expert_ptr + index, -1, mask=(index >= used) & (index < most))
 
 
 def ends_of(scratch: Tensor, pairs: int) -> Tensor:
@@ -144,7 +163,8 @@ def ends_of(scratch: Tensor, pairs: int) -> Tensor:
     return scratch[-(-pairs // ALIGNED) * ALIGNED :]
 
 
-def unsorted(ids_TK: Tensor, first: int) -> Blocks:
+def unsorted(ids_TK: Tensor, first: int) -> tuple[Blocks, Blocks]:
     """Every pair a block of its own: what a few pairs of different experts are anyway."""
     none = ids_TK
-    return Blocks(ids_TK, first, ids_TK.numel(), none, none, none, none)
+    blocks = Blocks(ids_TK, first, ids_TK.numel(), none, none, none, none)
+    return blocks, blocks

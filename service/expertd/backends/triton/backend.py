@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from expertd.backends.base import Backend, Batch
 from expertd.backends.triton.activation import constants
-from expertd.backends.triton.align import Blocks, align, ends_of, scratch_ints, unsorted
+from expertd.backends.triton.align import align, ends_of, scratch_ints, unsorted
 from expertd.backends.triton.combine import combine
 from expertd.backends.triton.dot import INTERPRETED
 from expertd.backends.triton.launch import Call, Rows, Site, first_call, second_call
@@ -50,6 +51,8 @@ class Triton(Backend):
 
     def _forward(self, batch: Batch) -> None:
         assert batch.ids is not None
+        batch = replace(batch, ids=batch.ids.contiguous())
+        assert batch.ids is not None
         cut = self._cut(*batch.ids.shape)
         memory = scratch(dict(self._shapes(cut, *batch.ids.shape)), self.device)
         first, second = self.calls(batch, cut, memory)
@@ -61,7 +64,7 @@ class Triton(Backend):
     def calls(self, batch: Batch, cut: Cut, memory: Memory) -> tuple[Call, Call]:
         """Both GEMMs of a batch whose pairs are now sorted and whose rows are prepared."""
         assert batch.ids is not None and batch.weights is not None
-        site = self._site(batch.ids, batch.weights, cut, memory)
+        sites = self._sites(batch.ids, batch.weights, cut, memory)
         matrix, second = self._native.first, self._native.second
         rows = prepared(batch, matrix, _of(memory, "rows"), cut.in_loop)
         inner = self._inner(cut, memory)
@@ -69,8 +72,8 @@ class Triton(Backend):
         made = Rows(memory["plain"]) if late else inner
         kind = "plain" if inner.plain else second.kind
         gated = self.spec.activation.gated
-        first = first_call(site, matrix, cut.first, rows, made, kind, self._activation, gated)
-        return first, second_call(site, second, cut.second, inner, memory["parts"])
+        first = first_call(sites[0], matrix, cut.first, rows, made, kind, self._activation, gated)
+        return first, second_call(sites[1], second, cut.second, inner, memory["parts"])
 
     def _cut(self, tokens: int, top_k: int) -> Cut:
         """How a batch of this size is cut."""
@@ -97,23 +100,22 @@ class Triton(Backend):
         scale = second.rows_scale if second.kind == "fixed" else parts.get("scale")
         return Rows(parts["codes"], scale, split=second.format.packed == 2)
 
-    def _site(self, ids: Tensor, router: Tensor, cut: Cut, memory: Memory) -> Site:
-        spec = self.spec
-        blocks: Blocks
+    def _sites(self, ids: Tensor, router: Tensor, cut: Cut, memory: Memory) -> list[Site]:
+        """What both GEMMs are told of the call."""
+        spec, compute, router = self.spec, self._native.compute, router.contiguous()
+        begin, held = spec.expert_begin, spec.held
         if cut.sorted:
-            blocks = align(ids, spec.expert_begin, spec.held, cut.first.m, memory["blocks"])
+            blocks = align(ids, begin, held, cut.heights, memory["blocks"])
         else:
-            blocks = unsorted(ids, spec.expert_begin)
-        return Site(
-            blocks, cut.sorted, spec.held, router.contiguous(), self._on_input, self._native.compute
-        )
+            blocks = unsorted(ids, begin)
+        return [Site(one, cut.sorted, held, router, self._on_input, compute) for one in blocks]
 
     def _shapes(self, cut: Cut, tokens: int, top_k: int) -> Iterator[tuple[str, Shape]]:
         """All memory of a call between its kernels."""
         spec, compute, pairs = self.spec, self._native.compute, tokens * top_k
         first, second = self._native.first, self._native.second
         if cut.sorted:
-            ints = sum(scratch_ints(pairs, spec.held, cut.first.m))
+            ints = sum(scratch_ints(pairs, spec.held, cut.heights))
             yield "blocks", (torch.int32, (ints,))
         if not used_as_they_are(first, cut.in_loop):
             yield from _named("rows", row_shapes(first.kind, tokens, spec.hidden, compute))

@@ -7,31 +7,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from expertd.backends.triton.dot import INTERPRETED, rounded
+from expertd.backends.triton.dot import INTERPRETED, e4m3, rounded
 
-# Two bytes become the upper halves of two 16-bit lanes. A high nibble has its sign in place, its
-# magnitude, moved down by 6, is that of a bfloat16 2 ** 126 times smaller: the product with
-# 2 ** 126, which takes the sign along, is exact. The low nibble is 4 bits further down. $4: four
-# bytes; $5, $6: their scales; $0, $1: low nibbles; $2, $3: high nibbles.
+# $4: four bytes; $5: their scale, in both halves of a word ($6, $7 and $8 are copies of it);
+# $0, $1: the scaled values of the low nibbles; $2, $3: of the high ones.
 _CONSTANTS = """
         .reg .b32 t, a, s, z, o, m;
         mov.b32 z, 0x80008000;
         mov.b32 o, 0x3F803F80;
         mov.b32 m, 0xC308C308;
 """
+# Two bytes become the upper halves of two 16-bit lanes. A high nibble has its sign in place, its
+# magnitude, moved down by 6, is that of a bfloat16 2 ** 126 times smaller. The scale makes up for
+# that (times_126) and takes the sign along: the product is exact. Low nibbles are 4 further down.
 _E2M1_HALF = """
         prmt.b32 t, $4, 0, {select};
         shr.u32 a, t, 6;
         and.b32 a, a, 0x01C001C0;
-        lop3.b32 s, t, 0x80008000, 0x7E807E80, 0xEA;
-        fma.rn.bf16x2 a, a, s, z;
-        fma.rn.bf16x2 ${high}, a, ${scale}, z;
+        lop3.b32 s, t, z, $5, 0xEA;
+        fma.rn.bf16x2 ${high}, a, s, z;
         shr.u32 a, t, 2;
         and.b32 a, a, 0x01C001C0;
         shl.b32 s, t, 4;
-        lop3.b32 s, s, 0x80008000, 0x7E807E80, 0xEA;
-        fma.rn.bf16x2 a, a, s, z;
-        fma.rn.bf16x2 ${low}, a, ${scale}, z;
+        lop3.b32 s, s, z, $5, 0xEA;
+        fma.rn.bf16x2 ${low}, a, s, z;
 """
 # Two bytes become the lower halves. A nibble with its sign bit flipped, put into the mantissa of
 # 128, makes 136 plus its value.
@@ -39,19 +38,22 @@ _INT4_HALF = """
         prmt.b32 t, $4, 0, {select};
         lop3.b32 a, t, 0x000F000F, 0x43084308, 0x6A;
         fma.rn.bf16x2 a, a, o, m;
-        fma.rn.bf16x2 ${low}, a, ${scale}, z;
+        fma.rn.bf16x2 ${low}, a, $5, z;
         shr.u32 t, t, 4;
         lop3.b32 a, t, 0x000F000F, 0x43084308, 0x6A;
         fma.rn.bf16x2 a, a, o, m;
-        fma.rn.bf16x2 ${high}, a, ${scale}, z;
+        fma.rn.bf16x2 ${high}, a, $5, z;
 """
 
 
+TIMES_126 = tl.constexpr(2.0**126)
+E4M3_SHRUNK = tl.constexpr(2.0**-9)
+"""What scales of e4m3 are multiplied with, so that 2 ** 126 times 448 is finite; the scale after
+the loop has its inverse (weights.py)."""
+
+
 def _asm(half: str, *selects: str) -> str:
-    halves = (
-        half.format(select=select, low=n, high=n + 2, scale=n + 5)
-        for n, select in enumerate(selects)
-    )
+    halves = (half.format(select=select, low=n, high=n + 2) for n, select in enumerate(selects))
     return "{" + _CONSTANTS + "".join(halves) + "}"
 
 
@@ -68,17 +70,32 @@ def decode(codes, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def decode_pair(codes, scale, FORMAT: tl.constexpr, COMPUTE: tl.constexpr):
-    """Bytes [N, K] of two values, and scales [N, K / G]: the scaled values of the low nibbles, and
-    of the high ones, in COMPUTE."""
-    if INTERPRETED or tl.bfloat16 != COMPUTE:
+def decode_pair(codes, scale, FORMAT: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Bytes [N, K] of two values, and stored scales [N, K / G]: the scaled values of the low
+    nibbles, and of the high ones, in COMPUTE."""
+    if INTERPRETED or SCALE == "e8m0":
         low, high = _nibbles(codes, FORMAT)
+        scale = decode_scale(scale, SCALE)
+        if SCALE == "e4m3":
+            scale *= E4M3_SHRUNK
         low = rounded(times_groups(low, scale), COMPUTE)
         high = rounded(times_groups(high, scale), COMPUTE)
     else:
-        ones = tl.full(codes.shape, 1.0, tl.bfloat16)
-        low, high = _packed(codes, times_groups(ones, scale.to(tl.bfloat16)), FORMAT)
+        low, high = _packed(codes, _words(scale, SCALE), FORMAT)
     return low, high
+
+
+@triton.jit
+def _words(scale, SCALE: tl.constexpr):
+    """Stored scales as bfloat16 twice in a word; those of e2m1 2 ** 126 times larger."""
+    if SCALE == "e8m0_small":
+        half = (scale.to(tl.uint32) + 126) << 7
+    elif SCALE == "e4m3":
+        bits = (e4m3(scale) * (TIMES_126 * E4M3_SHRUNK)).to(tl.uint32, bitcast=True)
+        half = bits >> 16
+    else:
+        half = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return half | (half << 16)
 
 
 @triton.jit
@@ -94,13 +111,14 @@ def _nibbles(codes, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _packed(codes, scale, FORMAT: tl.constexpr):
+def _packed(codes, words, FORMAT: tl.constexpr):
     """The same in a few instructions for four bytes: weights arrive as fast as this lets them."""
     ASM: tl.constexpr = E2M1_ASM if FORMAT == "e2m1" else INT4_ASM
+    spread = spread_groups(words, codes)
     return tl.inline_asm_elementwise(
         ASM,
-        "=&r,=&r,=&r,=&r,r,r,r",
-        [codes, scale],
+        "=&r,=&r,=&r,=&r,r,r,r,r,r",
+        [codes, spread],
         dtype=(tl.bfloat16, tl.bfloat16),
         is_pure=True,
         pack=4,
@@ -110,7 +128,7 @@ def _packed(codes, scale, FORMAT: tl.constexpr):
 @triton.jit
 def decode_scale(stored, SCALE: tl.constexpr):
     """The scales of groups as float32."""
-    if SCALE == "e8m0":
+    if SCALE == "e8m0" or SCALE == "e8m0_small":
         bits = stored.to(tl.uint32) << 23
         bits = tl.where(stored == 0, 1 << 22, bits)
         bits = tl.where(stored == 255, 0x7FC00000, bits)
@@ -123,18 +141,9 @@ def decode_scale(stored, SCALE: tl.constexpr):
 
 
 @triton.jit
-def e4m3(codes):
-    """Bits of e4m3: its exponent moved to where float32 has one, and the biases evened."""
-    magnitude = (codes & 127).to(tl.uint32)
-    bits = (magnitude << 20) | ((codes & 128).to(tl.uint32) << 24)
-    bits = tl.where(magnitude == 127, 0x7FC00000, bits)
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
-
-
-@triton.jit
 def _e2m1(nibbles):
     bits = ((nibbles & 7).to(tl.uint32) << 22) | ((nibbles & 8).to(tl.uint32) << 28)
-    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2 ** 126
+    return bits.to(tl.float32, bitcast=True) * TIMES_126
 
 
 @triton.jit
@@ -150,4 +159,14 @@ def times_groups(values, scale):
     K: tl.constexpr = values.shape[1]
     GROUPS: tl.constexpr = scale.shape[1]
     grouped = tl.reshape(values, (N, GROUPS, K // GROUPS)) * scale[:, :, None]
+    return tl.reshape(grouped, (N, K))
+
+
+@triton.jit
+def spread_groups(scale, like):
+    """scale [N, K / G] as [N, K], every one for G neighbours; K is that of like."""
+    N: tl.constexpr = like.shape[0]
+    K: tl.constexpr = like.shape[1]
+    GROUPS: tl.constexpr = scale.shape[1]
+    grouped = tl.broadcast_to(scale[:, :, None], (N, GROUPS, K // GROUPS))
     return tl.reshape(grouped, (N, K))

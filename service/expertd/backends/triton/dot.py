@@ -19,8 +19,8 @@ def multiply(rows, weights, total, SWAPPED: tl.constexpr):
     place for weights that are decoded there.
     """
     if INTERPRETED:
-        rows = rows.to(tl.float32)
-        weights = weights.to(tl.float32)
+        rows = widened(rows)
+        weights = widened(weights)
     if SWAPPED:
         total = tl.dot(weights, tl.trans(rows), total)
     else:
@@ -29,17 +29,40 @@ def multiply(rows, weights, total, SWAPPED: tl.constexpr):
 
 
 @triton.jit
+def e4m3(codes):
+    """Bits of e4m3: its exponent moved to where float32 has one, and the biases evened."""
+    magnitude = (codes & 127).to(tl.uint32)
+    bits = (magnitude << 20) | ((codes & 128).to(tl.uint32) << 24)
+    bits = tl.where(magnitude == 127, 0x7FC00000, bits)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2 ** 120
+
+
+@triton.jit
+def widened(values):
+    """values in float32; the interpreter alone would make 480 of e4m3's NaN."""
+    if INTERPRETED and values.dtype is tl.float8e4nv:
+        values = e4m3(values.to(tl.uint8, bitcast=True))
+    return values.to(tl.float32)
+
+
+@triton.jit
 def rounded(values, DTYPE: tl.constexpr):
     """values in a dtype, to the nearest; the interpreter alone would cut off what is too fine."""
-    if INTERPRETED:
-        values = values.to(tl.float32)
-        if DTYPE is tl.bfloat16:
-            values = _nearest(values, 16)
-        elif DTYPE is tl.float8e4nv:
-            # Below 2 ** -6 its steps are 2 ** -9: those of float32 between 2 ** 14 and 2 ** 15.
-            small = (values + 24576.0) - 24576.0
-            values = tl.where(tl.abs(values) < 0.015625, small, _nearest(values, 20))
+    if INTERPRETED and DTYPE is tl.float8e4nv:
+        values = _interpreted_e4m3(values.to(tl.float32))
+    elif INTERPRETED and DTYPE is tl.bfloat16:
+        values = _nearest(values.to(tl.float32), 16)
     return values.to(DTYPE)
+
+
+@triton.jit
+def _interpreted_e4m3(values):
+    """What a card makes of finite values and NaN; the interpreter makes 384 of NaN."""
+    # Below 2 ** -6 its steps are 2 ** -9: those of float32 between 2 ** 14 and 2 ** 15.
+    small = (values + 24576.0) - 24576.0
+    near = tl.where(tl.abs(values) < 0.015625, small, _nearest(values, 20))
+    codes = near.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return tl.where(values == values, codes, 127).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit

@@ -28,45 +28,78 @@ def first_gemm(
     SORTED: tl.constexpr, END_SCALE: tl.constexpr, ROW_SCALED: tl.constexpr, BIASED: tl.constexpr,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    EVEN: tl.constexpr, SWAPPED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHORT: tl.constexpr,
+    EVEN: tl.constexpr, SWAPPED: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
     """rows [T, H] x w13 → inner [N, I], a row for each pair in the blocks' order.
 
     INNER: how inner is stored: "plain", "split" (even columns first), "fixed" (e4m3 by one scale
     an expert), "groups" (e4m3, a scale for 128 columns) or "mxfp8" (rounded to what mxfp8 holds).
+    A block of at most SHORT rows is computed as one of that height: an expert's last ones are.
     """
     block, tile = _place(most, (inner + N - 1) // N, together)
-    expert, row, there, pair = _block(
-        block, ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M
+    expert, begin, count = _block(
+        block, ids_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M
     )
     if expert < 0:
         return
+    if SHORT > 0:  # noqa: SIM102 (the outer one is decided when this is compiled)
+        if count <= SHORT:
+            _first_tile(
+                rows_ptr, row_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
+                router_ptr, inner_ptr, inner_scale_ptr,
+                order_ptr, expert, begin, count, tile, top_k, width, inner, alpha, beta, limit,
+                KIND, GATED, ON_INPUT, INNER, SORTED, END_SCALE, ROW_SCALED, BIASED,
+                FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE,
+                SHORT, N, K, EVEN, SWAPPED, MAPPED,
+            )  # fmt: skip
+            return
+    _first_tile(
+        rows_ptr, row_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
+        router_ptr, inner_ptr, inner_scale_ptr, order_ptr, expert, begin, count, tile, top_k,
+        width, inner, alpha, beta, limit,
+        KIND, GATED, ON_INPUT, INNER, SORTED, END_SCALE, ROW_SCALED, BIASED,
+        FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE,
+        M, N, K, EVEN, SWAPPED, MAPPED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _first_tile(
+    rows_ptr, row_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
+    router_ptr, inner_ptr, inner_scale_ptr, order_ptr, expert, begin, count, tile, top_k,
+    width, inner, alpha, beta, limit,
+    KIND: tl.constexpr, GATED: tl.constexpr, ON_INPUT: tl.constexpr, INNER: tl.constexpr,
+    SORTED: tl.constexpr, END_SCALE: tl.constexpr, ROW_SCALED: tl.constexpr, BIASED: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    EVEN: tl.constexpr, SWAPPED: tl.constexpr, MAPPED: tl.constexpr,
+):  # fmt: skip
+    """One tile of the first GEMM, its activation and its rows' next form."""
+    row, there, pair = _members(begin, count, order_ptr, SORTED, M)
     HALVES: tl.constexpr = 2 if GATED else 1
-    PACKED: tl.constexpr = 2 if FORMAT == "e2m1" or FORMAT == "int4" else 1
     column = tile * N + tl.arange(0, N)
     inside = column < inner
     n = tl.where(inside, column, inner - 1)
-    stored = width // PACKED
     scales = _scales_of_half(inner, width, GROUP)
     token = (pair // top_k).to(tl.int64)
     up, gate = accumulate(
-        rows_ptr, row_scale_ptr, token,
-        weight_ptr + expert * HALVES * inner * stored, scale_ptr + expert * HALVES * scales,
-        n, tile * N,
-        inner.to(tl.int64) * stored, scales, width,
-        HALVES, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE, M, N, K, EVEN, SWAPPED,
+        rows_ptr, row_scale_ptr, token, 0,
+        weight_ptr, scale_ptr + expert * HALVES * scales,
+        expert * HALVES * inner, n, tile * N, inner, scales, width,
+        HALVES, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED, False,
     )  # fmt: skip
     factor = tl.full((M,), 1.0, dtype=tl.float32)
     if ROW_SCALED:
         factor *= tl.load(row_scale_ptr + token)
     if ON_INPUT:
         factor *= tl.load(router_ptr + pair)
-    place = expert * HALVES
-    up = _finished(up, factor, end_scale_ptr, bias_ptr, place, inner, n, END_SCALE, BIASED, SWAPPED)
+    half = expert * HALVES
+    up = _finished(up, factor, end_scale_ptr, bias_ptr, half, inner, n, END_SCALE, BIASED, SWAPPED)
     if GATED:
         gate = _finished(
-            gate, factor, end_scale_ptr, bias_ptr, place + 1, inner, n, END_SCALE, BIASED, SWAPPED
+            gate, factor, end_scale_ptr, bias_ptr, half + 1, inner, n, END_SCALE, BIASED, SWAPPED
         )
     else:
         gate = up
@@ -79,7 +112,7 @@ def first_gemm(
 
 @triton.jit(do_not_specialize=ANY, do_not_specialize_on_alignment=ANYWHERE)
 def second_gemm(
-    inner_ptr, inner_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
+    inner_ptr, inner_map, inner_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
     router_ptr, parts_ptr,
     ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, top_k, most, together,
     width, hidden,
@@ -87,26 +120,59 @@ def second_gemm(
     SORTED: tl.constexpr, END_SCALE: tl.constexpr, ROW_SCALED: tl.constexpr, BIASED: tl.constexpr,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    EVEN: tl.constexpr, SWAPPED: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHORT: tl.constexpr,
+    EVEN: tl.constexpr, SWAPPED: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
-    """inner [N, I] x w2 → parts [T * K, H], each pair's weighted part of its row's sum."""
+    """inner [N, I] x w2 → parts [T * K, H], each pair's weighted part of its row's sum.
+
+    inner_map: inner as a tensor map of tiles M high, where MAPPED and SORTED.
+    """
     block, tile = _place(most, (hidden + N - 1) // N, together)
-    expert, row, there, pair = _block(
-        block, ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M
+    expert, begin, count = _block(
+        block, ids_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M
     )
     if expert < 0:
         return
-    PACKED: tl.constexpr = 2 if FORMAT == "e2m1" or FORMAT == "int4" else 1
+    if SHORT > 0:  # noqa: SIM102 (the outer one is decided when this is compiled)
+        if count <= SHORT:
+            _second_tile(
+                inner_ptr, inner_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
+                router_ptr, parts_ptr, order_ptr, expert, begin, count, tile, width, hidden,
+                ON_INPUT, SORTED, END_SCALE, ROW_SCALED, BIASED,
+                FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE,
+                SHORT, N, K, EVEN, SWAPPED, MAPPED, False,
+            )  # fmt: skip
+            return
+    _second_tile(
+        inner_map, inner_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
+        router_ptr, parts_ptr, order_ptr, expert, begin, count, tile, width, hidden,
+        ON_INPUT, SORTED, END_SCALE, ROW_SCALED, BIASED,
+        FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE,
+        M, N, K, EVEN, SWAPPED, MAPPED, MAPPED and SORTED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _second_tile(
+    inner_ptr, inner_scale_ptr, weight_ptr, scale_ptr, end_scale_ptr, bias_ptr,
+    router_ptr, parts_ptr, order_ptr, expert, begin, count, tile, width, hidden,
+    ON_INPUT: tl.constexpr,
+    SORTED: tl.constexpr, END_SCALE: tl.constexpr, ROW_SCALED: tl.constexpr, BIASED: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    EVEN: tl.constexpr, SWAPPED: tl.constexpr, MAPPED: tl.constexpr, ROW_MAP: tl.constexpr,
+):  # fmt: skip
+    """One tile of the second GEMM, weighted."""
+    row, there, pair = _members(begin, count, order_ptr, SORTED, M)
     column = tile * N + tl.arange(0, N)
     inside = column < hidden
     n = tl.where(inside, column, hidden - 1)
     total, _ = accumulate(
-        inner_ptr, inner_scale_ptr, row,
-        weight_ptr + expert * hidden * (width // PACKED),
-        scale_ptr + expert * _scales_of_half(hidden, width, GROUP), n, tile * N,
-        0, 0, width,
-        1, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE, M, N, K, EVEN, SWAPPED,
+        inner_ptr, inner_scale_ptr, row, begin,
+        weight_ptr, scale_ptr + expert * _scales_of_half(hidden, width, GROUP),
+        expert * hidden, n, tile * N, 0, 0, width,
+        1, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED, ROW_MAP,
     )  # fmt: skip
     factor = tl.full((M,), 1.0, dtype=tl.float32)
     if ROW_SCALED:
@@ -133,28 +199,35 @@ def _place(most, tiles, together):
 
 @triton.jit
 def _block(
-    block, ids_ptr, order_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held,
+    block, ids_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held,
     SORTED: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """A block's expert (-1: none), rows of inner, which of them are there, and their pairs.
+    """A block's expert (-1: none), its first row of inner, and how many it has.
 
-    Rows that are not there repeat one that is. Not SORTED, a block is one pair.
+    Not SORTED, a block is one pair.
     """
-    lane = tl.arange(0, M)
     if SORTED:
         expert = tl.load(expert_ptr + block)
         begin = tl.load(start_ptr + block)
-        end = tl.load(ends_ptr + tl.maximum(expert, 0) + 1)
-        there = begin + lane < end
-        row = tl.where(there, begin + lane, begin)
-        pair = tl.load(order_ptr + row, mask=(lane >= 0) & (expert >= 0), other=0)
+        count = tl.minimum(tl.load(ends_ptr + tl.maximum(expert, 0) + 1) - begin, M)
     else:
         expert = tl.load(ids_ptr + block) - first_expert
         expert = tl.where((expert >= 0) & (expert < held), expert, -1)
-        there = lane < 1
-        row = block + lane * 0
-        pair = row
-    return expert.to(tl.int64), row.to(tl.int64), there, pair
+        begin = block
+        count = 1
+    return expert.to(tl.int64), begin, count
+
+
+@triton.jit
+def _members(begin, count, order_ptr, SORTED: tl.constexpr, M: tl.constexpr):
+    """A block's rows of inner, which of them are there (others repeat the first), their pairs."""
+    lane = tl.arange(0, M)
+    there = lane < count
+    row = begin + tl.where(there, lane, 0)
+    pair = row
+    if SORTED:
+        pair = tl.load(order_ptr + row)
+    return row.to(tl.int64), there, pair
 
 
 @triton.jit

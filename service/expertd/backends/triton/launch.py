@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertd.backends.triton.align import Blocks
 from expertd.backends.triton.experts import first_gemm, second_gemm
@@ -68,7 +69,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What is the same in both GEMMs of a call; router [T, K] are the weights."""
+    """What a GEMM is told of its call; router [T, K] are the weights."""
 
     blocks: Blocks
     sorted: bool
@@ -124,7 +125,10 @@ def second_call(site: Site, matrix: Matrix, tile: Tile, inner: Rows, parts: Tens
     """inner [N, I] → parts [T * K, H], weighted."""
     width, hidden = inner.values.shape[1], parts.shape[1]
     arguments = site.arguments | _arguments(matrix, tile, inner, width, site.compute)
-    arguments["inner_ptr"] = arguments.pop("rows_ptr")
+    arguments["inner_ptr"] = arguments["inner_map"] = arguments.pop("rows_ptr")
+    if arguments["MAPPED"] and site.sorted:
+        deep = tile.k // matrix.format.packed
+        arguments["inner_map"] = _mapped(inner.values, tile.m, deep)
     arguments["inner_scale_ptr"] = arguments.pop("row_scale_ptr")
     arguments |= {"parts_ptr": parts, "hidden": hidden}
     return Call(second_gemm, (site.blocks.most * triton.cdiv(hidden, tile.n),), arguments)
@@ -134,14 +138,17 @@ def _arguments(
     matrix: Matrix, tile: Tile, rows: Rows, width: int, compute: torch.dtype
 ) -> dict[str, Any]:
     """What a GEMM is told of its matrix, its tile and its input."""
-    form = matrix.format
+    form, weight = matrix.format, matrix.weight
+    mapped = tile.mapped and _can_be_mapped(weight) and _can_be_mapped(rows.values)
     return {
         "rows_ptr": rows.values,
+        "MAPPED": mapped,
+        "SHORT": tile.short,
         "row_scale_ptr": _or(rows.scale, rows.values),
-        "weight_ptr": matrix.weight,
-        "scale_ptr": _or(matrix.scale, matrix.weight),
-        "end_scale_ptr": _or(matrix.end_scale, matrix.weight),
-        "bias_ptr": _or(matrix.bias, matrix.weight),
+        "weight_ptr": _mapped(weight, tile.n, tile.k // form.packed) if mapped else weight,
+        "scale_ptr": _or(matrix.scale, weight),
+        "end_scale_ptr": _or(matrix.end_scale, weight),
+        "bias_ptr": _or(matrix.bias, weight),
         "width": width,
         "END_SCALE": form.end,
         "ROW_SCALED": matrix.kind == "rows",
@@ -161,6 +168,16 @@ def _arguments(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+
+
+def _can_be_mapped(matrix: Tensor) -> bool:
+    """Whether every row begins where the copy engine can begin."""
+    return matrix.shape[-1] * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _mapped(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A matrix [..., rows, columns] as a tensor map of tiles; leading dimensions become rows."""
+    return TensorDescriptor.from_tensor(matrix.flatten(0, -2), [rows, columns])
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

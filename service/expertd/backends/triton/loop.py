@@ -7,6 +7,8 @@ GROUP   how many neighbours along K share a weight scale in the loop: 0 none, 12
 ROWS    what the rows are: "plain" (cast to COMPUTE), "fp8" (scaled after the loop, if at all),
         "fp8_groups" (a scale for 128 neighbours), "to_groups" (made so here, from plain rows)
 SPLIT   rows of packed weights: whether the even columns lie before the odd ones in memory
+MAPPED  whether the weights come as a tensor map, which the copy engine of SM90 and later reads;
+ROW_MAP the same of the rows, which then are neighbours in memory
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -26,11 +28,13 @@ def accumulate(
     rows_ptr,
     row_scale_ptr,
     row,
+    row_begin,
     weight_ptr,
     scale_ptr,
+    top,
     n,
     begin,
-    half_weights,
+    half_rows,
     half_scales,
     width,
     HALVES: tl.constexpr,
@@ -45,12 +49,14 @@ def accumulate(
     K: tl.constexpr,
     EVEN: tl.constexpr,
     SWAPPED: tl.constexpr,
+    MAPPED: tl.constexpr,
+    ROW_MAP: tl.constexpr,
 ):
-    """rows[row] [M, width] x weights[n] [N, width]^T, one total for each half of the matrix.
+    """rows[row] [M, width] x weights[top + n] [N, width]^T, one total for each half of the matrix.
 
-    weight_ptr and scale_ptr are the expert's; half_weights and half_scales are how far the second
-    half is from the first. row and n are in bounds everywhere, begin is the first n. EVEN: K
-    divides width.
+    top is the expert's first row among all experts', scale_ptr is the expert's own; half_rows and
+    half_scales are how far the second half is from the first. row and n are in bounds everywhere;
+    row_begin and begin are the first of them. EVEN: K divides width.
     """
     first = nothing(M, N, SWAPPED)
     second = nothing(M, N, SWAPPED)
@@ -72,23 +78,28 @@ def accumulate(
             )  # fmt: skip
         next_row = _row_scale(row_scale_ptr, row, ahead, width, ROWS)
         if FORMAT == "e2m1" or FORMAT == "int4":
-            even, odd = _row_pairs(rows_ptr, row, k, width, SPLIT, COMPUTE, K, EVEN)
+            even, odd = _row_pairs(
+                rows_ptr, row, row_begin, k, width, SPLIT, COMPUTE, K, EVEN, ROW_MAP
+            )  # fmt: skip
         else:
-            even = _tile(rows_ptr, row, k, width, K, EVEN)
+            if ROW_MAP:
+                even = rows_ptr.load([row_begin, k])
+            else:
+                even = _tile(rows_ptr, row, k, width, K, EVEN)
             if ROWS == "to_groups":
                 even, row_scale = quantized(even.to(tl.float32))
             else:
                 even = rounded(even, COMPUTE)
             odd = even
         first = _add(
-            first, even, odd, row_scale, weight_ptr, scale, n, k, width,
-            FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED,
+            first, even, odd, row_scale, weight_ptr, scale, top, n, begin, k, width,
+            FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED,
         )  # fmt: skip
         if HALVES == 2:
             second = _add(
                 second, even, odd, row_scale,
-                weight_ptr + half_weights, other_scale, n, k, width,
-                FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED,
+                weight_ptr, other_scale, top + half_rows, n, begin, k, width,
+                FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED,
             )  # fmt: skip
         scale, other_scale, row_scale = next_scale, next_other, next_row
     return first, second
@@ -96,18 +107,20 @@ def accumulate(
 
 @triton.jit
 def _add(
-    total, even, odd, row_scale, weight_ptr, scale, n, k, width,
+    total, even, odd, row_scale, weight_ptr, scale, top, n, begin, k, width,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, SWAPPED: tl.constexpr,
+    MAPPED: tl.constexpr,
 ):  # fmt: skip
     """total + one K step of one half."""
     if FORMAT == "e2m1" or FORMAT == "int4":
-        codes = _tile(weight_ptr, n, k // 2, width // 2, K // 2, EVEN)
-        low, high = decode_pair(codes, decode_scale(scale, SCALE), FORMAT, COMPUTE)
+        codes = _weights(weight_ptr, top, n, begin, k // 2, width // 2, K // 2, EVEN, MAPPED)
+        low, high = decode_pair(codes, scale, FORMAT, SCALE, COMPUTE)
         total = multiply(even, low, total, SWAPPED)
         total = multiply(odd, high, total, SWAPPED)
     else:
-        values = decode(_tile(weight_ptr, n, k, width, K, EVEN), FORMAT)
+        values = _weights(weight_ptr, top, n, begin, k, width, K, EVEN, MAPPED)
+        values = decode(values, FORMAT)
         if GROUP == 128:
             tl.static_assert(K == 128 and N <= 128, "a tile is one block wide and at most one high")
             part = multiply(even, rounded(values, COMPUTE), nothing(M, N, SWAPPED), SWAPPED)
@@ -117,6 +130,20 @@ def _add(
                 values = times_groups(values, decode_scale(scale, SCALE))
             total = multiply(even, rounded(values, COMPUTE), total, SWAPPED)
     return total
+
+
+@triton.jit
+def _weights(
+    weight_ptr, top, n, begin, k, width,
+    K: tl.constexpr, EVEN: tl.constexpr, MAPPED: tl.constexpr,
+):  # fmt: skip
+    """[N, K] of the weights as stored. A map reads what follows a half that ends within the tile:
+    sums of columns that nobody stores."""
+    if MAPPED:
+        tile = weight_ptr.load([(top + begin).to(tl.int32), k])
+    else:
+        tile = _tile(weight_ptr, top + n, k, width, K, EVEN)
+    return tile
 
 
 @triton.jit
@@ -156,10 +183,23 @@ def _tile(ptr, row, k, width, K: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _row_pairs(
-    ptr, row, k, width,
+    ptr, row, row_begin, k, width,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+    ROW_MAP: tl.constexpr,
 ):  # fmt: skip
     """The even and the odd columns of a step, for weights that come in such pairs."""
+    if ROW_MAP:
+        low = ptr.load([row_begin, k // 2])
+        high = ptr.load([row_begin, width // 2 + k // 2])
+    else:
+        low, high = _row_pair_tiles(ptr, row, k, width, SPLIT, K, EVEN)
+    return rounded(low, COMPUTE), rounded(high, COMPUTE)
+
+
+@triton.jit
+def _row_pair_tiles(
+    ptr, row, k, width, SPLIT: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
     half = k // 2 + tl.arange(0, K // 2)
     start = ptr + row.to(tl.int64)[:, None] * width
     if SPLIT:
@@ -173,4 +213,4 @@ def _row_pairs(
     else:
         there = (half < width // 2)[None, :]
         low, high = tl.load(even, mask=there, other=0.0), tl.load(odd, mask=there, other=0.0)
-    return rounded(low, COMPUTE), rounded(high, COMPUTE)
+    return low, high

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd.backends.triton.dot import rounded
+from expertd.backends.triton.dot import rounded, widened
 
 WIDE = 1024
 """How many columns a program takes where a row has a scale for each group."""
@@ -46,7 +46,7 @@ def through_mxfp8(values):
     # Rows that are not finite have an exponent beyond the last: they stay so.
     power = tl.where(exponent < 255, exponent << 23, 0x7FC00000)
     scale = power.to(tl.uint32).to(tl.float32, bitcast=True)
-    return to_e4m3(values / scale[:, None]).to(tl.float32) * scale[:, None]
+    return widened(to_e4m3(values / scale[:, None])) * scale[:, None]
 
 
 @triton.jit

@@ -35,8 +35,9 @@ def shapes(kind: Kind, rows: int, width: int, compute: torch.dtype) -> dict[str,
 
 
 def used_as_they_are(matrix: Matrix, in_loop: bool) -> bool:
-    """Whether a matrix reads a call's rows where they lie."""
-    return in_loop or (matrix.kind == "plain" and matrix.format.packed == 1)
+    """Whether a matrix reads a call's rows where they lie; in_loop goes for those that can be."""
+    plain = matrix.kind == "plain"
+    return (in_loop and (plain or matrix.kind == "groups")) or (plain and matrix.format.packed == 1)
 
 
 def prepared(batch: Batch, matrix: Matrix, buffers: Buffers, in_loop: bool) -> Rows:

@@ -16,7 +16,12 @@ from expertd.backends.triton.weights import Matrix
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """m rows, n columns and k deep; so many blocks share a weight tile in turn (together)."""
+    """m rows, n columns and k deep; so many blocks share a weight tile in turn (together).
+
+    swapped: weights are the left operand. mapped: weights, and rows that are neighbours, are read
+    through tensor maps, by the copy engine that cards have from SM90 on. short: blocks of at most
+    so many rows are computed as that high; 0: all are m high.
+    """
 
     m: int
     n: int
@@ -25,20 +30,27 @@ class Tile:
     warps: int = 4
     stages: int = 3
     swapped: bool = False
+    mapped: bool = False
+    short: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The tiles of both GEMMs, which have the same m.
+    """The tiles of both GEMMs.
 
     sorted: pairs are sorted by expert; else each is a block of its own. in_loop: rows are quantised
-    to groups, or split, inside the first GEMM and not by a kernel before it.
+    to groups, or split, inside the GEMMs and not before them; other kinds of rows never are.
     """
 
     sorted: bool
     in_loop: bool
     first: Tile
     second: Tile
+
+    @property
+    def heights(self) -> tuple[int, int]:
+        """How high the blocks of each GEMM are."""
+        return self.first.m, self.second.m
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +120,15 @@ def by_rule(pairs: int, held: int, first: Matrix, second: Matrix, tokens: int) -
     each = an_expert(pairs, held)
     m = next((size for size in (16, 32, 64) if each <= 0.75 * size), 128)
     loose = tokens == 1
-    in_loop = loose and first.kind in ("plain", "groups")
-    return Cut(not loose, in_loop, _by_rule(first, m), _by_rule(second, m))
+    return Cut(not loose, loose, _by_rule(first, m), _by_rule(second, m))
 
 
 def _by_rule(matrix: Matrix, m: int) -> Tile:
-    wide = matrix.kind == "groups" or matrix.format.group == 128
+    wide = matrix.fp8 or matrix.format.group == 128
     return Tile(
         m,
         n=128 if wide or m > 16 else 64,
-        k=128 if matrix.fp8 or wide else 64,
+        k=128 if wide else 64,
         together=1 if m < 64 else 4,
         warps=4 if m < 128 else 8,
         stages=2 if wide else 3,

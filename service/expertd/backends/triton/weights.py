@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from expertd.backends.triton.decode import E4M3_SHRUNK
 from expertd.core import QuantScheme
 from expertd.weights.canonical import ExpertWeights
 
@@ -48,6 +49,9 @@ FORMATS = {
     QuantScheme.MXFP4: Format("e2m1", 32, "e8m0"),
     QuantScheme.MXINT4: Format("int4", 32),
 }
+
+LARGEST_SMALL = 128
+"""The e8m0 code of 2: larger scales overflow when they are multiplied by 2 ** 126."""
 
 KINDS: dict[str, Kind] = {
     "bf16": "plain",
@@ -110,9 +114,22 @@ def _matrix(
 ) -> Matrix:
     form = FORMATS[weights.quant]
     in_loop, at_end = (scale, global_scale) if form.group else (None, scale)
-    matrix = Matrix(_bits(codes), form, kind, _bits(in_loop), at_end, bias)
+    matrix = _decodable(Matrix(_bits(codes), form, kind, _bits(in_loop), at_end, bias))
     if matrix.fp8:
         return replace(matrix, weight=codes, format=replace(form, name="plain"))
+    return matrix
+
+
+def _decodable(matrix: Matrix) -> Matrix:
+    """The matrix with scales that decode.py multiplies while it decodes, where they allow it."""
+    form = matrix.format
+    if form.name == "e2m1" and form.scale == "e8m0":
+        assert matrix.scale is not None
+        if int(matrix.scale.amax()) <= LARGEST_SMALL:
+            return replace(matrix, format=replace(form, scale="e8m0_small"))
+    if form.name == "e2m1" and form.scale == "e4m3":
+        assert matrix.end_scale is not None
+        return replace(matrix, end_scale=matrix.end_scale / E4M3_SHRUNK.value)
     return matrix
 
 
