@@ -103,7 +103,8 @@ def replicas(
             home,
             experts,
             ("--device", device, "--threads", "1", *flags),
-            *(f"127.0.0.1:{free_port()}" for _ in range(2)),
+            http=f"127.0.0.1:{free_port()}",
+            grpc=f"127.0.0.1:{free_port()}",
         )
         for experts, device in zip(ranges, itertools.cycle(devices), strict=False)
     ]
