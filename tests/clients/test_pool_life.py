@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import threading
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.clients.fleets import EXPERTS, HIDDEN, LAYER, MODEL, ranges, whole
-from tests.clients.pooling import FOUR, drawn, pool_over, right
+from tests.clients.pooling import FOUR, drawn, hang, pool_over, right, until
 
 from expertd_client import AsyncExpertPool, ExpertPool
 from expertd_client.errors import (
@@ -163,3 +164,27 @@ async def test_a_cancelled_call_is_taken_back() -> None:
         while not fleet[0].cancelled:
             assert time.monotonic() < until
             await asyncio.sleep(0.01)
+
+
+def test_a_call_whose_thread_gives_up_is_taken_back() -> None:
+    """Ctrl-C while a call is under way."""
+    fleet, (rows, logits) = whole(1), drawn(2)
+    begun = threading.Event()
+
+    async def wait(call: Any) -> None:
+        begun.set()
+        await hang(call)
+
+    fleet[0].script = wait
+
+    def interrupt() -> None:
+        begun.wait(10)
+        _thread.interrupt_main()
+
+    with ExpertPool(fleet.targets, connect=fleet.connect) as pool:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.forward(MODEL, LAYER, rows, router_logits=logits)
+        thread.join()
+        until(lambda: fleet[0].cancelled)
