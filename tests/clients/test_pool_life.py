@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import asyncio
+import signal
 import threading
 import time
 from typing import Any
@@ -177,9 +177,11 @@ def test_a_call_whose_thread_gives_up_is_taken_back() -> None:
 
     fleet[0].script = wait
 
+    main = threading.get_ident()
+
     def interrupt() -> None:
         begun.wait(10)
-        _thread.interrupt_main()
+        signal.pthread_kill(main, signal.SIGINT)
 
     with ExpertPool(fleet.targets, connect=fleet.connect) as pool:
         thread = threading.Thread(target=interrupt)
