@@ -153,6 +153,7 @@ def test_28_auto_leaves_no_backend_out_without_a_word() -> None:
         "flashinfer_trtllm",
         "flashinfer_cutlass",
         "triton",
+        "grouped_mm",
         "grouped",
         "identity",
     ]

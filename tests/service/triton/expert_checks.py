@@ -172,11 +172,12 @@ def test_rows_that_are_not_finite_stay_alone(row: Row, quant: QuantScheme, seed:
 
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_fixed_scales_of_rows(tokens: int, seed: int) -> None:
-    """The static activation scales of a checkpoint, which differ from expert to expert."""
+    """The static activation scales of a checkpoint, which differ from expert to expert; nothing is
+    large enough to be cut off."""
     spec = layer(QuantScheme.FP8_TENSOR)
     weights = random_weights(spec, generator(seed))
     steps = torch.linspace(0.5, 1, spec.held)
-    weights = replace(weights, input13=steps * 6 / 448, input2=steps * 8 / 448)
+    weights = replace(weights, input13=steps * 12 / 448, input2=steps * 40 / 448)
     row = row_of(QuantScheme.FP8_TENSOR, "fp8_tensor")
     assert error(row, spec, weights, batch_of(spec, tokens, 3, seed)) <= 1
 
