@@ -36,7 +36,6 @@ def test_what_was_asked_of_each_expert_is_written_and_planned(
     assert told["expert_rows"] == after["1"] == list(client.layer("demo", 1).expert_rows)
     planned = expertd(home, "plan", "--counts", str(home / "counts"), "--replicas", "2", "--json")
     assert planned.returncode == 0, planned.stderr
-    assert not client.layers("demo")[1].expert_rows, "a list of all layers would be long"
 
 
 def test_which_model_must_be_said_when_there_are_several(home: Path, server: Server) -> None:

@@ -44,8 +44,5 @@ def counts_of(client: Client, model: str | None) -> dict[str, Any]:
         )
     return {
         "model": models[0],
-        "layers": {
-            str(info.layer): list(client.layer(info.model, info.layer).expert_rows)
-            for info in found
-        },
+        "layers": {str(info.layer): list(info.expert_rows) for info in found},
     }

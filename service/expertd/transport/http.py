@@ -59,7 +59,7 @@ def _add_questions(app: FastAPI, desk: Desk, capabilities: Question) -> None:
 
     @app.get("/v1/layers/{model}/{layer}")
     def get_layer(model: str, layer: int) -> dict[str, Any]:
-        return to_json(messages.counted_layer(residents.get(model, layer)))
+        return to_json(messages.layer_info(residents.get(model, layer)))
 
     @app.get("/v1/capabilities")
     def get_capabilities() -> dict[str, Any]:

@@ -17,13 +17,6 @@ def list_layers(residents: Residents, model: str) -> pb.ListLayersReply:
     return pb.ListLayersReply(layers=[layer_info(resident) for resident in found])
 
 
-def counted_layer(resident: Resident) -> pb.LayerInfo:
-    """A layer with the rows of its experts."""
-    info = layer_info(resident)
-    info.expert_rows.extend(resident.expert_rows.counts(resident.spec, resident.bias))
-    return info
-
-
 def layer_info(resident: Resident) -> pb.LayerInfo:
     """What a client may want to know of a layer."""
     spec = resident.spec
@@ -43,6 +36,7 @@ def layer_info(resident: Resident) -> pb.LayerInfo:
         checkpoint_digest=resident.checkpoint_digest,
         generation=resident.generation,
         queued_tokens=resident.queued_tokens,
+        expert_rows=resident.expert_rows.counts(spec, resident.bias),
         plans=[_plan_info(plan, resident) for plan in likely_plans(resident)],
         detail=resident.detail,
     )

@@ -112,7 +112,7 @@ class ExpertsService:
     def get_layer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         asked = parse(pb.GetLayerRequest, request)
         return _bytes(
-            messages.counted_layer(self._desk.engine.residents.get(asked.model, asked.layer))
+            messages.layer_info(self._desk.engine.residents.get(asked.model, asked.layer))
         )
 
     def get_capabilities(self, request: bytes, context: grpc.ServicerContext) -> bytes:
