@@ -51,15 +51,22 @@ class Triton(Backend):
 
     def _forward(self, batch: Batch) -> None:
         assert batch.ids is not None
-        batch = replace(batch, ids=batch.ids.contiguous())
+        self.run(batch, self._cut(*batch.ids.shape))
+
+    def run(self, batch: Batch, cut: Cut) -> None:
+        """Computes batch.out with these tiles."""
         assert batch.ids is not None
-        cut = self._cut(*batch.ids.shape)
-        memory = scratch(dict(self._shapes(cut, *batch.ids.shape)), self.device)
-        first, second = self.calls(batch, cut, memory)
+        ids = batch.ids.contiguous()
+        memory = self.memory(cut, *ids.shape)
+        first, second = self.calls(replace(batch, ids=ids), cut, memory)
         first.run()
         self._quantise_inner(cut, memory)
         second.run()
-        combine(memory["parts"], batch.ids, batch.out, self.spec.expert_begin, self.spec.held)
+        combine(memory["parts"], ids, batch.out, self.spec.expert_begin, self.spec.held)
+
+    def memory(self, cut: Cut, tokens: int, top_k: int) -> Memory:
+        """What the kernels of a call hand on to each other."""
+        return scratch(dict(self._shapes(cut, tokens, top_k)), self.device)
 
     def calls(self, batch: Batch, cut: Cut, memory: Memory) -> tuple[Call, Call]:
         """Both GEMMs of a batch whose pairs are now sorted and whose rows are prepared."""
