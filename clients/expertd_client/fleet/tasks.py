@@ -54,17 +54,31 @@ async def first_good(running: Iterable[asyncio.Task[T]]) -> T:
     """The first answer; else the last error, or the first that is final."""
     pending = set(running)
     while True:
-        done, pending = await asyncio.wait(pending, return_when="FIRST_COMPLETED")
+        done = {task for task in pending if task.done()}
+        if not done:
+            done, _ = await asyncio.wait(pending, return_when="FIRST_COMPLETED")
+        pending -= done
+        errors = []
         for task in done:
             error = task.exception()
             if error is None:
                 return task.result()
-            if final(error) or not pending:
-                raise error
+            errors.append(error)
+        if hopeless := [error for error in errors if final(error) or not pending]:
+            raise hopeless[0]
 
 
 async def cancel(tasks: Iterable[asyncio.Future[Any]]) -> None:
     """Ends what still runs, and forgets what came of it."""
-    for task in tasks:
+    running = [task for task in tasks if not _ended(task)]
+    for task in running:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    if running:
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+def _ended(task: asyncio.Future[Any]) -> bool:
+    """Whether it has; its error counts as seen, or asyncio would report it."""
+    if task.done() and not task.cancelled():
+        task.exception()
+    return task.done()
