@@ -257,7 +257,7 @@ class _ExpertCollector:
             if not spec.num_experts:
                 continue
             held = range(spec.expert_begin, spec.expert_end)
-            counts = resident.expert_rows.counts(spec, resident.bias)[held.start : held.stop]
+            counts = resident.expert_rows.counts(spec)[held.start : held.stop]
             even.add_metric(names, balance(counts))
             for expert, given in zip(held, counts, strict=True) if self._each else ():
                 rows.add_metric((*names, str(expert)), given)

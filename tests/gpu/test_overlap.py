@@ -232,5 +232,5 @@ def test_many_callers_get_their_own_rows_from_every_backend() -> None:
     assert all(
         min(r.times.kernel, r.times.stage_in, r.times.stage_out) >= 0 for r in reports.ran_batches
     )
-    counted = residents.get("m", 0).expert_rows.counts(SPEC, None)
+    counted = residents.get("m", 0).expert_rows.counts(SPEC)
     assert sum(counted) == 2 * sum(r.tokens for r in reports.ran_batches if r.model == "m")

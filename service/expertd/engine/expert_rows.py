@@ -25,7 +25,7 @@ class ExpertRows:
     """The counts of one layer; note() is the executor's, counts() anybody's."""
 
     def __init__(self) -> None:
-        self._noted: deque[Tensor] = deque()
+        self._noted: deque[tuple[Tensor, Tensor | None]] = deque()
         self._rows = 0
         self._counts: Tensor | None = None
         self._counting = threading.Lock()
@@ -35,35 +35,35 @@ class ExpertRows:
         routed = batch.logits if batch.ids is None else batch.ids
         if routed is None:
             return
-        self._noted.append(routed)
+        self._noted.append((routed, bias))
         self._rows += routed.shape[0]
         if self._rows >= MOST_ROWS or len(self._noted) >= MOST_BATCHES:
-            self._count(spec, bias)
+            self._count(spec)
 
-    def counts(self, spec: LayerSpec, bias: Tensor | None) -> list[int]:
+    def counts(self, spec: LayerSpec) -> list[int]:
         """Rows so far of each expert of the model; 0 for those that are not held here."""
-        self._count(spec, bias)
+        self._count(spec)
         if self._counts is None:
             return [0] * spec.num_experts
         given: list[int] = self._counts[1:].tolist()
         held = range(spec.expert_begin, spec.expert_end)
         return [rows if expert in held else 0 for expert, rows in enumerate(given)]
 
-    def _count(self, spec: LayerSpec, bias: Tensor | None) -> None:
+    def _count(self, spec: LayerSpec) -> None:
         """Adds what was noted; place 0 takes the ids that mean "no expert"."""
         with self._counting, torch.inference_mode():
             self._rows = 0
             noted = [self._noted.popleft() for _ in range(len(self._noted))]
             if not noted:
                 return
-            ids = torch.cat([_ids(each, spec, bias).flatten() for each in noted]).long() + 1
+            ids = torch.cat([_ids(spec, *each).flatten() for each in noted]).long() + 1
             if self._counts is None:
                 size = spec.num_experts + 1
                 self._counts = torch.zeros(size, dtype=torch.int64, device=ids.device)
             self._counts.scatter_add_(0, ids, torch.ones_like(ids))
 
 
-def _ids(routed: Tensor, spec: LayerSpec, bias: Tensor | None) -> Tensor:
+def _ids(spec: LayerSpec, routed: Tensor, bias: Tensor | None) -> Tensor:
     if not routed.is_floating_point():
         return routed
     assert spec.routing is not None, "only layers that route take logits"

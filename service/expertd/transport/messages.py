@@ -36,7 +36,7 @@ def layer_info(resident: Resident) -> pb.LayerInfo:
         checkpoint_digest=resident.checkpoint_digest,
         generation=resident.generation,
         queued_tokens=resident.queued_tokens,
-        expert_rows=resident.expert_rows.counts(spec, resident.bias),
+        expert_rows=resident.expert_rows.counts(spec),
         plans=[_plan_info(plan, resident) for plan in likely_plans(resident)],
         detail=resident.detail,
     )

@@ -31,7 +31,7 @@ def test_rows_are_counted_by_logits_and_by_ids(
     monkeypatch.setattr(expert_rows, "MOST_BATCHES", batches)
     random = generator(91)
     layer = resident(SPEC, random)
-    assert layer.expert_rows.counts(SPEC, None) == [0] * EXPERTS
+    assert layer.expert_rows.counts(SPEC) == [0] * EXPERTS
     expected = torch.zeros(EXPERTS, dtype=torch.int64)
     with running(layer) as engine:
         for tokens in (1, 5, 40, 2, 9):
@@ -49,7 +49,7 @@ def test_rows_are_counted_by_logits_and_by_ids(
             assert SPEC.routing is not None
             routed, _ = route_for(SPEC.routing, logits)
             expected += torch.tensor(by_hand(routed)) + 2 * torch.tensor(by_hand(ids))
-            assert layer.expert_rows.counts(SPEC, None) == expected.tolist()
+            assert layer.expert_rows.counts(SPEC) == expected.tolist()
 
 
 def test_where_the_kernel_routes_the_logits_are_counted() -> None:
@@ -59,7 +59,7 @@ def test_where_the_kernel_routes_the_logits_are_counted() -> None:
     rows.note(SPEC, Batch(none, none, logits=logits), None)
     assert SPEC.routing is not None
     ids, _ = route_for(SPEC.routing, logits)
-    assert rows.counts(SPEC, None) == by_hand(ids)
+    assert rows.counts(SPEC) == by_hand(ids)
 
 
 def test_experts_that_are_not_held_have_no_rows() -> None:
@@ -67,13 +67,13 @@ def test_experts_that_are_not_held_have_no_rows() -> None:
     ids, weights = random_topk(50, EXPERTS, 3, generator(93))
     rows.note(spec, Batch(weights, weights, ids=ids, weights=weights), None)
     counts = by_hand(ids)
-    assert rows.counts(spec, None) == [0, 0, *counts[2:4], 0, 0]
+    assert rows.counts(spec) == [0, 0, *counts[2:4], 0, 0]
 
 
 def test_layers_without_experts_count_nothing() -> None:
     rows = ExpertRows()
     rows.note(SPEC, Batch(torch.zeros(1, 1), torch.zeros(1, 1)), None)
-    assert rows.counts(SPEC, None) == [0] * EXPERTS
+    assert rows.counts(SPEC) == [0] * EXPERTS
 
 
 def test_metrics_show_the_balance_and_each_expert_only_if_asked() -> None:
