@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 LOST_EXIT_CODE = 70
 """How a process ends whose device is lost, so that its supervisor starts another."""
 ABANDON_SECONDS = 3.0
-SWITCH_SECONDS = 0.0005
-"""How long one busy thread may keep the others waiting; Python's own 5 ms are many calls."""
+SWITCH_SECONDS = 0.002
+"""How long one busy thread may keep the others waiting; Python's own 5 ms are many calls.
+
+Less costs every call on a busy machine (docs/benchmarks, switch-interval).
+"""
 
 SNIPPET = """\
 from expertd_client import Client
