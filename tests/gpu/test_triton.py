@@ -17,6 +17,7 @@ from tests.service.triton.expert_checks import (  # noqa: F401
     reference,
     test_a_range_with_biases_and_masked_ids,
     test_activations,
+    test_an_infinite_row_is_not_cut_off_by_a_fixed_scale,
     test_every_measured_cut,
     test_fixed_scales_of_rows,
     test_input_side_weights,

@@ -182,6 +182,17 @@ def test_fixed_scales_of_rows(tokens: int, seed: int) -> None:
     assert error(row, spec, weights, batch_of(spec, tokens, 3, seed)) <= 1
 
 
+def test_an_infinite_row_is_not_cut_off_by_a_fixed_scale(seed: int) -> None:
+    spec = layer(QuantScheme.FP8_TENSOR)
+    weights = random_weights(spec, generator(seed))
+    fixed = torch.full((spec.held,), 0.1)
+    weights = replace(weights, input13=fixed, input2=fixed)
+    batch = batch_of(spec, 5, 2, seed)
+    batch.rows[1, 0], batch.rows[3, 1] = torch.inf, torch.nan
+    ours(row_of(QuantScheme.FP8_TENSOR, "fp8_tensor"), spec, weights).forward(batch)
+    assert [bool(row.isfinite().all()) for row in batch.out] == [True, False, True, False, True]
+
+
 def test_scales_too_large_to_multiply_ahead(seed: int) -> None:
     """e8m0 beyond 2: such layers decode in another way, and give the same numbers."""
     spec = layer(QuantScheme.MXFP4)
