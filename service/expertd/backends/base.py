@@ -74,7 +74,7 @@ class Backend(ABC):
 
     @property
     def canonical(self) -> ExpertWeights | None:
-        """The weights that it was prepared with."""
+        """The weights that it was prepared with, unless it has forgotten them."""
         return self._given[0]
 
     @property
@@ -117,10 +117,15 @@ class Backend(ABC):
     def release(self) -> None:
         """Lets go of all that its preparation made, until restore()."""
         self._expect(Stage.WARM)
+        assert self.canonical is not None, f"{self.row.backend}: nothing could restore() it"
         self._stage, self.replay = Stage.CHECKED, None
         for name in self._made:
             delattr(self, name)
         self._made = frozenset()
+
+    def forget_given(self) -> None:
+        """Lets go of the weights it was prepared with; what was made of them stays for good."""
+        self._given = (None, None)
 
     def restore(self) -> None:
         """Prepares and warms up as it was before release()."""

@@ -1,8 +1,9 @@
 """Copies of weights in layouts of their own, which backends hold beside the canonical ones.
 
-Copies that a budget has no room for after a load are let go, and calls do without them unless they
-name their backend or have no other plan. For such a call the copy is made again, and the least
-recently used ones go.
+A copy that a budget has no room for after a load replaces the canonical weights, if all of the
+commonest calls run on it: the layer then has one copy, and no backend that reads the canonical
+order. Other such copies are let go, and calls do without them unless they name their backend or
+have no other plan. For such a call the copy is made again, and the least recently used ones go.
 That is done by the thread that runs calls, so that no copy goes under a running one.
 """
 
@@ -12,7 +13,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from functools import partial
 from weakref import WeakSet
 
@@ -43,6 +44,15 @@ class Copy:
         self.nbytes = native_bytes(self.backends)
 
     @property
+    def names(self) -> str:
+        """Its backends, for a person."""
+        return ", ".join(sorted({backend.row.backend for backend in self.backends}))
+
+    def serves(self, likely: Set[Backend]) -> bool:
+        """Whether all of what runs the commonest calls computes from it."""
+        return bool(likely) and likely <= set(self.backends)
+
+    @property
     def held(self) -> bool:
         return any(backend.warm for backend in self.backends)
 
@@ -62,16 +72,35 @@ class Layouts:
         self._ticks = itertools.count(1)
         self._lock = threading.Lock()
 
-    def settle(self, resident: Resident) -> str:
-        """After a load: keeps each copy that there is room for; tells which it let go, and why."""
+    def settle(self, resident: Resident, likely: Set[Backend] = frozenset()) -> str:
+        """After a load: keeps each copy that there is room for; tells what it did otherwise.
+
+        likely: what runs the commonest calls.
+        """
         with self._lock:
-            told = [self._settle(copy) for copy in copies_of(resident)]
+            copies = sorted(copies_of(resident), key=lambda copy: not copy.serves(likely))
+            if copies and copies[0].serves(likely) and not self._fits(copies[0]):
+                told = self._replace(resident, copies[0])
+            else:
+                told = "; ".join(filter(None, map(self._settle, copies)))
         resident.choices = {}
-        return "; ".join(filter(None, told))
+        return told
+
+    def _replace(self, resident: Resident, copy: Copy) -> str:
+        """Puts a copy in the canonical weights' place, for good: nothing could make it again."""
+        needed = self._needed(copy)
+        told = (
+            f"this layer's weights are held in {copy.names}'s layout only, one copy; "
+            f"raise {FLAG} to {needed} to keep both"
+        )
+        fault = Fault("layout_cache", FLAG, str(self._budget()), f"{needed} or more", told)
+        self._finish_kernels()
+        resident.keep_only(copy.backends, lambda row: refusal(row, fault))
+        log.info("layer %s: %s", copy.name, told)
+        return told
 
     def _settle(self, copy: Copy) -> str:
-        budget = self._budget()
-        fits = sum(other.nbytes for other in self._held()) + copy.nbytes <= budget
+        budget, fits = self._budget(), self._fits(copy)
         for backend in copy.backends:
             backend.on_use = partial(self._use, copy)
             backend.spilled = not fits
@@ -79,13 +108,20 @@ class Layouts:
         if fits:
             return ""
         copy.release()
-        names = ", ".join(sorted({backend.row.backend for backend in copy.backends}))
         told = (
-            f"{names} holds no weights: {copy.nbytes} bytes in its layout are more than is left of "
-            f"{FLAG} {budget}; calls that name it, or have no other plan, wait until they are made"
+            f"{copy.names} holds no weights: {copy.nbytes} bytes in its layout are more than is "
+            f"left of {FLAG} {budget}; calls that name it, or have no other plan, wait until they "
+            "are made"
         )
         log.warning("layer %s: %s", copy.name, told)
         return told
+
+    def _fits(self, copy: Copy) -> bool:
+        return self._needed(copy) <= self._budget()
+
+    def _needed(self, copy: Copy) -> int:
+        """The budget that would keep a copy beside all that are held."""
+        return sum(other.nbytes for other in self._held()) + copy.nbytes
 
     def _held(self) -> list[Copy]:
         """The copies in memory; those of forgotten layers are forgotten here too."""
@@ -108,10 +144,14 @@ class Layouts:
         if copy.nbytes > budget:
             raise _too_large(backend, copy, budget)
         held = sorted(self._held(), key=lambda other: other.used)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._finish_kernels()
         while held and sum(other.nbytes for other in held) + copy.nbytes > budget:
             held.pop(0).release()
+
+    def _finish_kernels(self) -> None:
+        """Waits for all that may still read what is freed next."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 def copies_of(resident: Resident) -> Iterator[Copy]:
@@ -122,9 +162,9 @@ def copies_of(resident: Resident) -> Iterator[Copy]:
 
 
 def spare_bytes(device: torch.device, residents: Residents) -> int:
-    """What a device has beyond the canonical weights of all layers and a reserve."""
+    """What a device has beyond one copy of all layers' weights and a reserve."""
     wanted = sum(
-        layer_bytes(resident.spec)
+        max(layer_bytes(resident.spec), resident.nbytes if resident.weights is None else 0)
         for resident in residents.all()
         if resident.spec.num_experts
         and resident.state not in (LayerState.FAILED, LayerState.UNLOADED)

@@ -171,7 +171,8 @@ class Loader:
             self._tuner.tune(resident)
             self._prove_shape(resident)
         if self._layouts is not None:
-            resident.detail = self._layouts.settle(resident)
+            likely = likely_backends(resident, self._tuner.buckets)
+            resident.detail = self._layouts.settle(resident, likely)
         self._graphs.attach(likely_backends(resident, self._graphs.buckets))
 
     @contextmanager
@@ -195,10 +196,11 @@ class Loader:
             resident.backends[cell] = build(*given, self._tuner.buckets)
         except NoUsablePlan as refused:
             resident.absent[cell] = refused.refusals
-            log.warning("layer %s: %s", resident.name, refused)
+            # Its text alone: whoever keeps a log's records would keep the weights by its traceback.
+            log.warning("layer %s: %s", resident.name, str(refused))
         except torch.OutOfMemoryError as error:
             resident.absent[cell] = (_no_memory(row),)
-            log.warning("layer %s has no %s: %s", resident.name, row.entry, error)
+            log.warning("layer %s has no %s: %s", resident.name, row.entry, str(error))
 
     def _self_check(self, resident: Resident) -> None:
         layer = layer_of(resident)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from expertd.backends.base import Backend, native_bytes
 from expertd.capability.device import DeviceInfo
 from expertd.capability.plan import PlanSet
-from expertd.capability.row import Cell, State
+from expertd.capability.row import Cell, Row, State
 from expertd.core import CallForm, LayerSpec
 from expertd.engine.expert_rows import ExpertRows
 from expertd.engine.timings import Timings
@@ -77,12 +78,20 @@ class Resident:
         self.states, self.timings = states, timings
         self.plans, self.choices = {}, {}
 
+    def keep_only(self, kept: Collection[Backend], why: Callable[[Row], Refusal]) -> None:
+        """Goes on with these backends alone, which let go of the weights they were made of."""
+        dropped = {cell: b.row for cell, b in self.backends.items() if b not in kept}
+        self.absent |= {cell: (why(row),) for cell, row in dropped.items()}
+        self.backends = {cell: b for cell, b in self.backends.items() if cell not in dropped}
+        self.weights = None
+        for backend in self.backends.values():
+            backend.forget_given()
+
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in every layout."""
-        if self.weights is None:
-            return 0
-        return self.weights.nbytes + native_bytes(self.backends.values())
+        weights, beside = self.weights, native_bytes(self.backends.values())
+        return beside if weights is None else weights.nbytes + beside
 
     def require_ready(self) -> None:
         """Raises the error that fits a layer which is not ready."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from expertd.core import QuantScheme
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class ExpertWeights:
     """The experts held of one layer, on one device."""
 

@@ -17,13 +17,17 @@ from tests.strategies import (
     wire_call,
 )
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from expertd.backends.base import Backend
 from expertd.backends.grouped.backend import Grouped
 from expertd.capability.row import Row
 from expertd.capability.rows import grouped
+from expertd.engine.choice import likely_backends, likely_plans
 from expertd.engine.engine import Engine
 from expertd.engine.layouts import Layouts, spare_bytes
 from expertd.engine.resident import LayerState, Resident, Residents
+from expertd.engine.timings import Timings
 from expertd.errors import NoUsablePlan
 from expertd.weights.canonical import ExpertWeights
 
@@ -165,3 +169,110 @@ def test_what_is_spare_is_what_the_weights_leave(monkeypatch: pytest.MonkeyPatch
     assert spare_bytes(CPU, residents) == 87 * PLAIN
     monkeypatch.setattr("expertd.engine.layouts._memory", lambda device: PLAIN)
     assert spare_bytes(CPU, residents) == 0
+
+
+def likely(found: Resident) -> set[Backend]:
+    return likely_backends(found, (1, 4))
+
+
+def test_a_copy_without_room_replaces_the_canonical_weights(copying: Row) -> None:
+    first, second = layer(copying, 0), layer(copying, 1)
+    layouts = Layouts(lambda: 2 * PLAIN - 1, CPU)
+    assert layouts.settle(first, likely(first)) == "" and first.nbytes == 2 * PLAIN
+    with running(second) as engine:
+        truth = ask(engine, 1, backend="reference")[1]
+    canonical = memory_of(second)
+    told = layouts.settle(second, likely(second))
+    assert all(piece.expired() for piece in canonical), "the memory is free"
+    assert second.nbytes == PLAIN and [*second.backends.values()] == [copy_of(second)]
+    assert told == (
+        "this layer's weights are held in copying's layout only, one copy; "
+        f"raise --layout-cache-bytes to {2 * PLAIN} to keep both"
+    )
+    assert [plan.backend for plan in likely_plans(second)] == ["copying"]
+    with running(second) as engine:
+        for pin in ("", "copying"):
+            name, output = ask(engine, 1, backend=pin)
+            assert name == "copying" and relative(output, truth) < 1e-5
+        for pin in ("grouped", "reference"):
+            with pytest.raises(NoUsablePlan) as caught:
+                ask(engine, 1, backend=pin)
+            (reason,) = (r for r in caught.value.refusals if r.code == "layout_cache")
+            assert reason.backend == pin and reason.text.startswith(told)
+            assert (reason.given, reason.accepted) == (f"{2 * PLAIN - 1}", f"{2 * PLAIN} or more")
+    with pytest.raises(AssertionError, match="nothing could restore"):
+        copy_of(second).release()
+
+
+def memory_of(found: Resident) -> list[StorageWeakRef]:
+    """What tells whether the memory of the canonical weights is free, whoever held it."""
+    assert found.weights is not None
+    return [StorageWeakRef(t.untyped_storage()) for t in found.weights.tensors.values()]
+
+
+def test_as_many_bytes_as_were_told_keep_both(copying: Row) -> None:
+    layers = [layer(copying, number) for number in range(2)]
+    layouts = Layouts(lambda: 2 * PLAIN, CPU)
+    assert [layouts.settle(found, likely(found)) for found in layers] == ["", ""]
+    assert [found.nbytes for found in layers] == [2 * PLAIN] * 2
+
+
+@pytest.mark.parametrize("also", [False, True], ids=["never", "at some sizes"])
+def test_a_layout_that_not_all_of_the_commonest_calls_use_replaces_nothing(
+    copying: Row, also: bool
+) -> None:
+    found = layer(copying, 0)
+    fast, slow = copying.cell(SPEC.quant), grouped.ROWS[0].cell(SPEC.quant)
+    times = {fast: (9.0, 9.0, 1.0 if also else 9.0), slow: (2.0, 2.0, 2.0)}
+    found.judged(found.states, Timings(times, buckets=3))
+    assert (copy_of(found) in likely(found)) is also
+    assert "copying holds no weights" in Layouts(lambda: 0, CPU).settle(found, likely(found))
+    assert found.weights is not None and found.nbytes == PLAIN and not found.absent
+    with running(found) as engine:
+        assert [ask(engine, 0, backend=pin)[0] for pin in ("", "grouped")] == ["grouped"] * 2
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["room for one", "no room"])
+def test_of_two_layouts_the_likely_one_comes_first(copying: Row, room: bool) -> None:
+    """It gets the room there is, and where there is none it is the one that stays."""
+    found, other = layer(copying, 0), replace(copying, backend="another", entry="another")
+    mine, cell = copy_of(found), other.cell(SPEC.quant)
+    found.backends[cell] = twin = warm(Copying(other, SPEC, CPU), found.weights)
+    Layouts(lambda: PLAIN if room else PLAIN - 1, CPU).settle(found, {mine})
+    assert mine.warm and found.nbytes == (2 * PLAIN if room else PLAIN)
+    if room:
+        assert twin.spilled and not twin.warm and found.backends[cell] is twin
+    else:
+        assert list(found.backends.values()) == [mine] and cell in found.absent
+
+
+def test_what_a_kept_backend_shares_with_the_canonical_weights_stays_and_is_counted(
+    copying: Row,
+) -> None:
+    class Half(Copying):
+        """Copies the first matrix, and reads the second as it is."""
+
+        def _prepare_weights(self, weights: ExpertWeights | None, bias: Tensor | None) -> None:
+            assert weights is not None
+            self._parts = {"w13": weights.w13.clone(), "w2": weights.w2}
+            Grouped._prepare_weights(self, replace(weights, **self._parts), bias)
+
+    found = layer(copying, 0)
+    found.backends[copying.cell(SPEC.quant)] = half = warm(Half(copying, SPEC, CPU), found.weights)
+    first, second = memory_of(found)
+    Layouts(lambda: 0, CPU).settle(found, {half})
+    assert (first.expired(), second.expired()) == (True, False)
+    assert found.nbytes == PLAIN
+
+
+def test_a_layer_that_has_one_copy_wants_the_bytes_of_that(
+    copying: Row, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertd.engine.layouts._memory", lambda device: 100 * PLAIN)
+    found = layer(copying, 0)
+    residents = Residents()
+    residents.add(found)
+    copy_of(found)._padding = torch.empty(PLAIN // 4)
+    copy_of(found)._made |= {"_padding"}
+    Layouts(lambda: 0, CPU).settle(found, likely(found))
+    assert found.nbytes == 2 * PLAIN and spare_bytes(CPU, residents) == 88 * PLAIN

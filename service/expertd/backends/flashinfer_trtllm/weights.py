@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -33,22 +33,22 @@ Arguments = Mapping[str, Tensor | None]
 class Native:
     """The arguments that stay for a layer's life; input_scale [] is the multiplier of its rows.
 
-    source: the canonical weights that they were made of.
+    source: the canonical weights that they were made of, which may be gone.
     """
 
     arguments: Arguments
     input_scale: Tensor | None = None
-    source: ExpertWeights | None = None
+    source: ReferenceType[ExpertWeights] | None = None
 
 
 def native(weights: ExpertWeights, spec: LayerSpec, sizes: Sizes) -> Native:
     """The weights of a layer as its scheme's entry takes them; both modes share the one copy."""
     key = (id(weights), spec.activation, sizes)
     found = _IN_USE.get(key)
-    if found is None:
+    # Another layer's weights may have come to have the id of a source that is gone.
+    if found is None or found.source is None or found.source() is not weights:
         made = _SCHEMES[spec.quant](pad(weights, spec, sizes), spec.activation)
-        # While somebody has it, nothing else can come to have the id of its source.
-        found = _IN_USE[key] = replace(made, source=weights)
+        found = _IN_USE[key] = replace(made, source=ref(weights))
     return found
 
 
