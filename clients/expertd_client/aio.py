@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self, Unpack
+from typing import Unpack
 
 import grpc
 
 from expertd_client import queries
 from expertd_client.calls import ArrayT, CallOptions, Reply, decode_reply, encode_call
+from expertd_client.closing import AsyncClosing
 from expertd_client.errors import DeadlineExceeded, Unavailable
 from expertd_client.queries import AnswerT, Query
 from expertd_client.stream import CallStream
@@ -18,7 +18,7 @@ from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
 from expertd_wire.v1 import experts_pb2 as pb
 
 
-class AsyncClient:
+class AsyncClient(AsyncClosing):
     """A server's routed experts, from one event loop.
 
     target is "HOST:PORT" or an AsyncTransport; everything else is as in Client.
@@ -102,17 +102,6 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connection."""
         await self._transport.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
     async def _ask(self, query: Query[AnswerT], timeout: float | None) -> AnswerT:
         return query.answer(await self._transport.query(query.path, query.request, timeout))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self, Unpack
+from typing import Unpack
 
 import grpc
 
 from expertd_client import queries
 from expertd_client.calls import ArrayT, CallOptions, Reply, decode_reply, encode_call
+from expertd_client.closing import Closing
 from expertd_client.errors import DeadlineExceeded, Unavailable
 from expertd_client.queries import AnswerT, Query
 from expertd_client.transport.base import Transport
@@ -17,7 +17,7 @@ from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
 from expertd_wire.v1 import experts_pb2 as pb
 
 
-class Client:
+class Client(Closing):
     """A server's routed experts, from any thread.
 
     target is "HOST:PORT" or a Transport. Arrays are numpy's or torch's; answers come in kind. Every
@@ -97,17 +97,6 @@ class Client:
     def close(self) -> None:
         """Close the connection."""
         self._transport.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _ask(self, query: Query[AnswerT], timeout: float | None) -> AnswerT:
         return query.answer(self._transport.query(query.path, query.request, timeout))

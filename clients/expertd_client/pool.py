@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypedDict, Unpack, overload
+from typing import Any, Generic, Literal, TypedDict, Unpack, overload
 
 import grpc
 import numpy as np
 
 from expertd_client.arrays import kind_of
 from expertd_client.calls import ArrayT
+from expertd_client.closing import AsyncClosing, Closing
 from expertd_client.dispatch import Outcome, Share
 from expertd_client.errors import InvalidArgument
 from expertd_client.fleet.core import Core
@@ -68,7 +68,7 @@ class PoolReply(Generic[ArrayT]):
         return sum(share.rows for share in self.shares)
 
 
-class ExpertPool:
+class ExpertPool(Closing):
     """The routed experts of many servers, from any thread; close() it, or use `with`.
 
     targets: a list of "HOST:PORT", one such, "dns:///NAME:PORT" (every address of the name), or a
@@ -163,19 +163,8 @@ class ExpertPool:
         """Close all connections; calls under way end with Unavailable."""
         self._core.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class AsyncExpertPool:
+class AsyncExpertPool(AsyncClosing):
     """ExpertPool for event loops: the same arguments, the same methods to await.
 
     It works in a thread of its own, so it belongs to no loop; cancelling a call takes it back.
@@ -256,17 +245,6 @@ class AsyncExpertPool:
     async def close(self) -> None:
         """As ExpertPool.close."""
         await asyncio.to_thread(self._core.close)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
 
 
 def _order(

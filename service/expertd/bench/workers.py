@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from expertd.bench.load import Call, Cell, Layer, make_call
 from expertd.bench.pace import Pace
 from expertd_client import Client, ExpertdError
+from expertd_client.closing import Closing
 
 WARM_UP_CALLS = 2
 
@@ -48,8 +48,8 @@ class Outcome:
     samples: list[Sample] = field(default_factory=list)
 
 
-class Workers:
-    """Processes that wait for their shares; a context manager."""
+class Workers(Closing):
+    """Processes that wait for their shares."""
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -74,15 +74,7 @@ class Workers:
                 raise outcome
         return outcomes
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for line, process in zip(self._lines, self._processes, strict=True):
             line.close()
             process.terminate()
