@@ -228,6 +228,7 @@ def test_a_layout_that_not_all_of_the_commonest_calls_use_replaces_nothing(
     assert (copy_of(found) in likely(found)) is also
     assert "copying holds no weights" in Layouts(lambda: 0, CPU).settle(found, likely(found))
     assert found.weights is not None and found.nbytes == PLAIN and not found.absent
+    assert copy_of(found) not in likely(found), "what was chosen before is chosen anew"
     with running(found) as engine:
         assert [ask(engine, 0, backend=pin)[0] for pin in ("", "grouped")] == ["grouped"] * 2
 
