@@ -125,11 +125,12 @@ def by_rule(pairs: int, held: int, first: Matrix, second: Matrix, tokens: int) -
 
 def _by_rule(matrix: Matrix, m: int) -> Tile:
     wide = matrix.fp8 or matrix.format.group == 128
+    heavy = wide or (m > 16 and matrix.format.packed == 1)
     return Tile(
         m,
         n=128 if wide or m > 16 else 64,
         k=128 if wide else 64,
         together=1 if m < 64 else 4,
         warps=4 if m < 128 else 8,
-        stages=2 if wide else 3,
+        stages=2 if heavy else 3,
     )
