@@ -27,7 +27,7 @@ from tests.strategies import generator, random_topk, random_weights
 from expertd.backends.triton.align import Blocks, align, most_blocks, scratch_ints
 from expertd.backends.triton.backend import Triton
 from expertd.backends.triton.tiles import Cut, Tile, Work, by_rule, measured, table
-from expertd.backends.triton.weights import FORMATS
+from expertd.backends.triton.weights import FORMATS, Matrix
 from expertd.capability.rows.triton import ROWS
 from expertd.core import QuantScheme
 
@@ -113,10 +113,11 @@ def test_rules_fit_the_smallest_card() -> None:
             first, second = backend._native.first, backend._native.second
             for pairs in (1, 64, 300, 4000):
                 cut = by_rule(pairs, 7, first, second, pairs)
-                assert _shared(cut.first, first.fp8, first.format.packed, 2) <= 99 * 1024
-                assert _shared(cut.second, second.fp8, second.format.packed, 1) <= 99 * 1024
+                assert _shared(cut.first, first, 2) <= 99 * 1024
+                assert _shared(cut.second, second, 1) <= 99 * 1024
 
 
-def _shared(tile: Tile, fp8: bool, packed: int, halves: int) -> float:
-    rows = tile.m * tile.k * (1 if fp8 else 2)
-    return (rows + halves * tile.n * tile.k * (1 if fp8 else 2) / packed) * tile.stages
+def _shared(tile: Tile, matrix: Matrix, halves: int) -> float:
+    rows = tile.m * tile.k * (1 if matrix.fp8 else 2)
+    weights = halves * tile.n * tile.k * matrix.weight.element_size() / matrix.format.packed
+    return (rows + weights) * tile.stages

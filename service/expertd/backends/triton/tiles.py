@@ -118,7 +118,9 @@ def an_expert(pairs: int, held: int) -> float:
 def by_rule(pairs: int, held: int, first: Matrix, second: Matrix, tokens: int) -> Cut:
     """A cut that any card can run: its tiles fit 96 KB of shared memory."""
     each = an_expert(pairs, held)
-    m = next((size for size in (16, 32, 64) if each <= 0.75 * size), 128)
+    # Blocks of scales fix the depth: rows of two bytes leave room for 64 of them.
+    highest = 64 if first.format.group == 128 and not first.fp8 else 128
+    m = next((size for size in (16, 32, 64) if each <= 0.75 * size), highest)
     loose = tokens == 1
     return Cut(not loose, loose, _by_rule(first, m), _by_rule(second, m))
 
