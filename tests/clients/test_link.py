@@ -36,7 +36,7 @@ async def test_calls_and_questions(server: Server, link: GrpcLink) -> None:
     reply = decode_forward_reply(await link.forward(CALL, 10))
     assert reply.output is not None and reply.output.shape == (2, 4)
     assert server.metadata["authorization"] == "Bearer secret"
-    assert 0 < (server.deadlines[0] or 0) <= 10
+    assert 0 < (server.deadlines[0] or 0) < 11  # the two ends read their clocks by themselves
     assert await link.query(methods.HEALTH_CHECK, b"", 10) == b"\x08\x01"
 
 
