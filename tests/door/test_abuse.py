@@ -213,7 +213,13 @@ def test_bad_queries(server: Server, query: dict[str, str]) -> None:
     assert_refused(post(server, b"", **query), "INVALID_ARGUMENT")
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"9" * 10_000, b"\xff", b"3", b"{}"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"{", b"[" * 100_000, b"9" * 10_000, b"\xff", b"3", b"{}"),
+        *(b'{"spec": {"\xed\xa6\xa0": 1}}', b'{"spec": {"\\ud9a0": 1}}', b'{"\\ud9a0": 1}'),
+    ],
+)
 def test_bad_questions(server: Server, body: bytes) -> None:
     with httpx.Client(base_url=server.url, trust_env=False, timeout=20) as web:
         assert_refused(told_in(web.post("/v1/explain", content=body)), "INVALID_ARGUMENT")

@@ -135,7 +135,10 @@ async def _json_body(request: Request) -> Any:
 
     try:
         async with asyncio.timeout(QUESTION_SECONDS):
-            return json.loads(await read_body(request, check))
+            found = json.loads(await read_body(request, check))
+        # Half of a surrogate pair is no text: no answer could repeat it.
+        json.dumps(found, ensure_ascii=False).encode()
+        return found
     except TimeoutError:
         raise DeadlineExceeded(f"no whole body within {QUESTION_SECONDS:g} s") from None
     except (ValueError, RecursionError):
