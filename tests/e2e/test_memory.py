@@ -15,8 +15,7 @@ from expertd.weights.demo import write_demo
 from expertd.weights.writer import write_json, write_shards
 from expertd_client import Client
 
-HIDDEN, WIDTH, EXPERTS, LAYERS = 1024, 512, 48, 6
-"""Large enough that the 130 MB which the C library's heap keeps after tuning are not the matter."""
+HIDDEN, WIDTH, EXPERTS, LAYERS = 1024, 512, 48, 3
 
 
 def write_checkpoint(path: Path, demo: Path) -> None:

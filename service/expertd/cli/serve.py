@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import os
@@ -26,6 +27,9 @@ SWITCH_SECONDS = 0.002
 
 Less costs every call on a busy machine (docs/benchmarks, switch-interval).
 """
+MMAP_BYTES = 1 << 20
+M_MMAP_THRESHOLD = -3
+"""glibc's mallopt(): pieces of memory of this size go back to the system when they are freed."""
 
 SNIPPET = """\
 from expertd_client import Client
@@ -62,6 +66,7 @@ def serve(settings: Settings) -> int:
     """
     check_settings(settings)
     sys.setswitchinterval(SWITCH_SECONDS)
+    _give_memory_back()
     from expertd.app import App
 
     stop = threading.Event()
@@ -97,6 +102,13 @@ def _announce(settings: Settings, addresses: Addresses) -> None:
     print(f"expertd is ready: HTTP http://{addresses.http} · gRPC {addresses.grpc}")
     print("Try it:\n")
     print(SNIPPET.format(grpc=addresses.grpc), flush=True)
+
+
+def _give_memory_back() -> None:
+    """Else glibc raises the size by itself, and each thread's heap keeps the most it ever held."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do without
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def _print_config(resolved: Resolved) -> int:
