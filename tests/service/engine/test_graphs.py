@@ -157,8 +157,10 @@ def test_a_kernel_that_cannot_be_captured_still_runs(caplog: pytest.LogCaptureFi
 
 def test_what_is_captured_reads_shared_buffers_and_a_warm_run_its_own() -> None:
     addresses: dict[str, set[int]] = {"warm": set(), "captured": set()}
+    kept: list[Batch] = []
 
     def look(batch: Batch) -> None:
+        kept.append(batch)  # memory that is freed could be given to another batch
         addresses[stage].add(batch.rows.data_ptr())
 
     def capture(warm: Run, run: Run) -> Run:
