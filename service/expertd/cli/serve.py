@@ -27,9 +27,10 @@ SWITCH_SECONDS = 0.002
 
 Less costs every call on a busy machine (docs/benchmarks, switch-interval).
 """
-MMAP_BYTES = 1 << 20
-M_MMAP_THRESHOLD = -3
-"""glibc's mallopt(): pieces of memory of this size go back to the system when they are freed."""
+MMAP_BYTES, TRIM_BYTES = 2 << 20, 64 << 20
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+"""glibc's mallopt(): larger pieces go back to the system when they are freed, messages of usual
+size stay for the next one (docs/benchmarks, memory-of-messages)."""
 
 SNIPPET = """\
 from expertd_client import Client
@@ -109,6 +110,7 @@ def _give_memory_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do without
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+        mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
 
 
 def _print_config(resolved: Resolved) -> int:
