@@ -17,7 +17,6 @@ from expertd.errors import ExpertdError, Overloaded
 from expertd_wire.methods import STATUS_KEY
 from expertd_wire.status import pack_status
 
-REFUSAL_THREADS = 2
 RETRY_SECONDS = 0.1
 
 
@@ -47,11 +46,20 @@ class Workers(ThreadPoolExecutor):
                 self._busy -= 1
 
 
+class AtOnce(ThreadPoolExecutor):
+    """Runs what never waits on the thread that submits it: no other has to be woken."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*args, **named))
+        return done
+
+
 class Refuser:
-    """Answers calls with an error, unread, on threads of its own."""
+    """Answers calls with an error, unread, on gRPC's own thread."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(REFUSAL_THREADS, thread_name_prefix="grpc-refusal")
+        self._threads = AtOnce(1)
 
     def handler(self, error: ExpertdError) -> grpc.RpcMethodHandler:
         """A handler that answers every call with this error."""
