@@ -108,9 +108,9 @@ def test_a_home_that_cannot_be_written(
     """FlashInfer makes directories as it is imported; a layer must not fail for that."""
 
     def refuse() -> None:
-        raise PermissionError(13, "Permission denied", "/root/.cache")
+        raise PermissionError(13, "Permission denied", "/nowhere/.cache")
 
     monkeypatch.setattr(modules, "_environment", refuse)
     backend = cutlass(QuantScheme.BF16)
     (text,) = texts(backend.check(), backend)
-    assert "/root/.cache" in text and "FLASHINFER_WORKSPACE_BASE" in text
+    assert "/nowhere/.cache" in text and "FLASHINFER_WORKSPACE_BASE" in text
