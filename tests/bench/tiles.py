@@ -26,8 +26,9 @@ from tests.bench.kernels.weights import random_batches, random_weights
 from torch import Tensor
 
 from expertd.backends.base import Batch
-from expertd.backends.triton.backend import Triton
+from expertd.backends.triton.backend import Triton, card_of
 from expertd.backends.triton.launch import Call
+from expertd.backends.triton.shared import need
 from expertd.backends.triton.tiles import Cut, Tile, an_expert, by_rule
 from expertd.capability.rows.triton import ROWS
 from expertd.proof.run import relative_error
@@ -35,7 +36,6 @@ from expertd.weights.canonical import ExpertWeights
 from expertd.weights.matrix import allocate
 
 DEVICE = torch.device("cuda:0")
-SHARED = 227 * 1024
 HEIGHTS = (16, 32, 64, 128)
 SAME = 0.03
 """The most that two tilings of one GEMM differ: roundings to e4m3 may fall elsewhere."""
@@ -69,10 +69,10 @@ class Kind:
 
 
 def candidates(m: int, kind: Kind) -> Iterator[Tile]:
-    """Tiles that may pay at a height and fit the card."""
+    """Tiles that may pay at a height."""
     wide = 128 if kind.fp8 or kind.packed else 64
     depths = (wide,) if kind.blocks or m > 16 else (wide, 2 * wide)
-    stages = (2, 3) if kind.packed else (3, 4, 5) if m > 16 else (3, 5)
+    stages = (2, 3) if kind.packed else (2, 3, 4, 5) if m > 32 else (3, 5)
     for n, k, warps, deep, (swapped, mapped), short in itertools.product(
         widths(m, kind), depths, (4,) if m <= 32 else (4, 8), stages, ways(m, kind), shorts(m)
     ):
@@ -85,7 +85,9 @@ def widths(m: int, kind: Kind) -> tuple[int, ...]:
     """Columns; a block of scales bounds them, and its rows' new scales fix them."""
     if kind.blocks:
         return (32, 64, 128) if kind.loose else (128,) if kind.halves == 2 else (64, 128)
-    return (32, 64, 128) if m <= 32 else (64, 128) if kind.packed else (128, 256)
+    # Sums of two halves are twice as wide.
+    high = (64, 128) if kind.packed or kind.halves == 2 else (128, 256)
+    return (32, 64, 128) if m <= 32 else high
 
 
 def ways(m: int, kind: Kind) -> tuple[tuple[bool, bool], ...]:
@@ -101,13 +103,10 @@ def shorts(m: int) -> tuple[int, ...]:
 
 
 def fits(tile: Tile, kind: Kind) -> bool:
-    """Whether shared memory and registers suffice, and no warp is idle."""
-    each = 1 if kind.fp8 else 2
-    weights = kind.halves * tile.n * each / (2 if kind.packed else 1)
+    """Whether registers suffice, and no warp is idle."""
     sums = tile.m * tile.n * kind.halves / (tile.warps * 32)
-    enough = (tile.m * each + weights) * tile.k * tile.stages <= SHARED
     busy = (tile.n >= 64 or not tile.swapped) and (sums >= 32 or tile.warps == 4)
-    return enough and busy and sums <= 160
+    return busy and sums <= 160
 
 
 class Search:
@@ -128,7 +127,12 @@ class Search:
         blocks = matrix.kind == "groups" or matrix.format.group == 128
         halves = 2 if self.shape.spec.activation.gated and not second else 1
         kind = Kind(matrix.fp8, matrix.format.packed == 2, blocks, halves, loose)
-        return list(candidates(m, kind))
+        card = card_of(DEVICE)
+        return [
+            tile
+            for tile in candidates(m, kind)
+            if need(tile, matrix, halves, loose, card) <= card.shared
+        ]
 
     def call(self, batch: Batch, cut: Cut, second: bool) -> Call:
         assert batch.ids is not None

@@ -237,3 +237,7 @@ def test_rows_and_replies_of_other_dtypes(
     batch = replace(batch, rows=batch.rows.to(dtype), out=batch.out.to(dtype))
     weights = random_weights(spec, generator(seed))
     assert error(row_of(quant, "bf16"), spec, weights, batch) <= 1
+
+
+__all__ = [name for name in dir() if name.startswith("test_")]
+"""Both files import every check by a star, so that none can be forgotten."""

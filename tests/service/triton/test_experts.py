@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.service.triton.expert_checks import (  # noqa: F401
-    batch_of,
-    error,
-    layer,
-    row_of,
-    test_a_range_with_biases_and_masked_ids,
-    test_activations,
-    test_an_infinite_row_is_not_cut_off_by_a_fixed_scale,
-    test_every_measured_cut,
-    test_fixed_scales_of_rows,
-    test_input_side_weights,
-    test_rows_and_replies_of_other_dtypes,
-    test_rows_quantised_by_the_caller,
-    test_rows_that_are_not_finite_stay_alone,
-    test_rows_without_any_expert_are_zero,
-    test_scales_too_large_to_multiply_ahead,
-    test_sizes_of_batches,
-)
+from tests.service.triton.expert_checks import *  # noqa: F403
+from tests.service.triton.expert_checks import batch_of, error, layer, row_of
 from tests.strategies import generator, random_topk, random_weights
 
 from expertd.backends.triton.align import Blocks, align, most_blocks, scratch_ints
 from expertd.backends.triton.backend import Triton
-from expertd.backends.triton.tiles import Cut, Tile, Work, by_rule, measured, table
-from expertd.backends.triton.weights import FORMATS, Matrix
+from expertd.backends.triton.tiles import Cut, Tile, Work, measured, table
+from expertd.backends.triton.weights import FORMATS
 from expertd.capability.rows.triton import ROWS
 from expertd.core import QuantScheme
 
@@ -96,28 +80,7 @@ def test_every_scheme_of_the_rows_has_a_format() -> None:
 
 
 def test_the_table_is_for_cards_that_were_measured() -> None:
-    here = Work("", "bf16", "bf16", 2048, 768, 128)
+    here = Work("", "bf16", "bf16", True, 2048, 768, 128)
     assert measured(here, 8) is None
     for one in table():
         assert measured(one.work, one.pairs) == one.cut
-
-
-def test_rules_fit_the_smallest_card() -> None:
-    """Tiles by rule stay below the 99 KB of shared memory that an SM86 lets a block have."""
-    for row in ROWS:
-        for quant in row.quants:
-            spec = layer(quant)
-            backend = Triton(row, spec, torch.device("cpu"))
-            backend.check()
-            backend.prepare_weights(random_weights(spec, generator(0)), None)
-            first, second = backend._native.first, backend._native.second
-            for pairs in (1, 64, 300, 4000):
-                cut = by_rule(pairs, 7, first, second, pairs)
-                assert _shared(cut.first, first, 2) <= 99 * 1024
-                assert _shared(cut.second, second, 1) <= 99 * 1024
-
-
-def _shared(tile: Tile, matrix: Matrix, halves: int) -> float:
-    rows = tile.m * tile.k * (1 if matrix.fp8 else 2)
-    weights = halves * tile.n * tile.k * matrix.weight.element_size() / matrix.format.packed
-    return (rows + weights) * tile.stages

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 1024
+from expertd.backends.triton.chain import chained, follow
+
+FEW, CHUNK = 256, 1024
 ALIGNED = 64
 
 Heights = tuple[int, int]
@@ -64,6 +66,7 @@ def align(
     sizes = scratch_ints(pairs, held, heights)
     order, ends, counts, ranks, *lists = torch.split(scratch[: sum(sizes)], sizes)
     most = [most_blocks(pairs, held, height) for height in heights]
+    many = pairs > FEW
     _align[(1,)](
         ids_TK,
         order,
@@ -75,11 +78,11 @@ def align(
         held,
         first,
         *most,
-        FIRST=heights[0],
-        SECOND=heights[1],
+        *heights,
         EXPERTS=triton.next_power_of_2(held + 1),
-        CHUNK=min(CHUNK, triton.next_power_of_2(pairs)),
-        num_warps=32 if pairs > CHUNK // 4 else 8,
+        CHUNK=CHUNK if many else FEW,
+        num_warps=32 if many else 8,
+        **chained(ids_TK.device),
     )
     return (
         Blocks(ids_TK, first, most[0], order, ends, lists[0], lists[1]),
@@ -87,7 +90,11 @@ def align(
     )
 
 
-@triton.jit(do_not_specialize=["pairs", "held", "first", "most", "second_most"])
+NUMBERS = ["pairs", "held", "first", "most", "second_most", "size", "second_size"]
+"""They change from call to call, and must not compile anything."""
+
+
+@triton.jit(do_not_specialize=NUMBERS)
 def _align(
     ids_ptr,
     order_ptr,
@@ -103,13 +110,15 @@ def _align(
     first,
     most,
     second_most,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
+    size,
+    second_size,
     EXPERTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program. A pair's place among its expert's may differ from run to run: its numbers do not
     depend on it, every pair being a row of its own until the sum over slots."""
+    follow(CHAINED)
     lane = tl.arange(0, EXPERTS)
     tl.store(counts_ptr + lane, tl.zeros((EXPERTS,), dtype=tl.int32))
     tl.debug_barrier()
@@ -122,8 +131,8 @@ def _align(
     count = tl.load(counts_ptr + lane, cache_modifier=".cg")
     begin = tl.cumsum(count, 0) - count
     tl.store(ends_ptr + lane, begin, mask=lane <= held)
-    _cut(expert_ptr, start_ptr, lane, begin, count, most, FIRST, CHUNK)
-    _cut(second_expert_ptr, second_start_ptr, lane, begin, count, second_most, SECOND, CHUNK)
+    _cut(expert_ptr, start_ptr, lane, begin, count, most, size, CHUNK)
+    _cut(second_expert_ptr, second_start_ptr, lane, begin, count, second_most, second_size, CHUNK)
     tl.debug_barrier()
     for chunk in range(0, pairs, CHUNK):
         pair, expert, mine = _pairs(ids_ptr, chunk, pairs, held, first, CHUNK)
@@ -142,16 +151,14 @@ def _pairs(ids_ptr, begin, pairs, held, first, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _cut(
-    expert_ptr, start_ptr, expert, begin, count, most, SIZE: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def _cut(expert_ptr, start_ptr, expert, begin, count, most, size, CHUNK: tl.constexpr):
     """Writes the blocks of all experts, a few turns for all at once, and -1 behind the last."""
-    blocks = (count + SIZE - 1) // SIZE
+    blocks = (count + size - 1) // size
     block = tl.cumsum(blocks, 0) - blocks
     for turn in range(tl.max(blocks, 0)):
         has = turn < blocks
         tl.store(expert_ptr + block + turn, expert, mask=has)
-        tl.store(start_ptr + block + turn, begin + turn * SIZE, mask=has)
+        tl.store(start_ptr + block + turn, begin + turn * size, mask=has)
     used = tl.sum(blocks, 0)
     for chunk in range(0, most, CHUNK):
         index = chunk + tl.arange(0, CHUNK)

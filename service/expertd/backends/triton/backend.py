@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from expertd.backends.base import Backend, Batch
 from expertd.backends.triton.activation import constants
@@ -18,12 +20,14 @@ from expertd.backends.triton.quantize import quantize_rows
 from expertd.backends.triton.rows import prepared, used_as_they_are
 from expertd.backends.triton.rows import shapes as row_shapes
 from expertd.backends.triton.scratch import Shape, scratch
+from expertd.backends.triton.shared import Card, fitted
 from expertd.backends.triton.tiles import Cut, Work, by_rule, measured
 from expertd.backends.triton.weights import Native, native
 from expertd.weights.canonical import ExpertWeights
 from expertd_wire.errors import Refusal
 
 PROBE_TOP_K = 8
+MOST_SHARED = 227 * 1024
 
 Memory = dict[str, Tensor]
 
@@ -41,6 +45,7 @@ class Triton(Backend):
         assert weights is not None
         self._native: Native = native(weights, self.row.activation_quant)
         self._activation = constants(self.spec.activation)
+        self._card = card_of(self.device)
         self._work = self._work_here()
         routing = self.spec.routing
         self._on_input = routing is not None and routing.weight_site == "input"
@@ -84,10 +89,9 @@ class Triton(Backend):
 
     def _cut(self, tokens: int, top_k: int) -> Cut:
         """How a batch of this size is cut."""
-        pairs, native = tokens * top_k, self._native
-        return measured(self._work, pairs) or by_rule(
-            pairs, self.spec.held, native.first, native.second, tokens
-        )
+        pairs, first, second = tokens * top_k, self._native.first, self._native.second
+        cut = measured(self._work, pairs) or by_rule(pairs, self.spec.held, first, second, tokens)
+        return fitted(cut, first, second, self.spec.activation.gated, self._card)
 
     def _quantise_inner(self, cut: Cut, memory: Memory) -> None:
         """Rows that have one scale each cannot be quantised tile by tile, in the first GEMM."""
@@ -134,9 +138,10 @@ class Triton(Backend):
     def _work_here(self) -> Work:
         spec = self.spec
         return Work(
-            arch_of(self.device),
+            self._card.arch,
             str(spec.quant.value),
             self.row.activation_quant,
+            spec.activation.gated,
             spec.hidden,
             spec.intermediate,
             spec.held,
@@ -163,9 +168,10 @@ def _of(memory: Memory, name: str) -> dict[str, Tensor]:
     return {key.removeprefix(start): t for key, t in memory.items() if key.startswith(start)}
 
 
-def arch_of(device: torch.device) -> str:
-    """ "sm90" and the like, "" for the CPU."""
+def card_of(device: torch.device) -> Card:
+    """The card, "sm90" and the like; on the CPU, the interpreter has as much memory as any."""
     if device.type != "cuda":
-        return ""
+        return Card("", MOST_SHARED)
     major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
+    found: Any = driver.active.utils.get_device_properties(device.index or 0)
+    return Card(f"sm{major}{minor}", int(found["max_shared_mem"]))

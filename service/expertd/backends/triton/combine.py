@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertd.backends.triton.chain import chained, follow
 from expertd.backends.triton.dot import rounded
 
 COLUMNS = 1024
@@ -28,6 +29,7 @@ def combine(parts: Tensor, ids: Tensor, out: Tensor, first: int, held: int) -> N
         held,
         TOP_K=top_k,
         COLUMNS=columns,
+        **chained(out.device),
     )
 
 
@@ -42,7 +44,9 @@ def _combine(
     held,
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < hidden

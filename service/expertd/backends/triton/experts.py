@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from expertd.backends.triton.activation import activate
+from expertd.backends.triton.chain import follow
 from expertd.backends.triton.dot import rounded, upright
 from expertd.backends.triton.loop import accumulate
 from expertd.backends.triton.quantize import quantized, through_mxfp8, to_e4m3
@@ -29,7 +30,7 @@ def first_gemm(
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHORT: tl.constexpr,
-    EVEN: tl.constexpr, SWAPPED: tl.constexpr, MAPPED: tl.constexpr,
+    EVEN: tl.constexpr, SWAPPED: tl.constexpr, MAPPED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """rows [T, H] x w13 → inner [N, I], a row for each pair in the blocks' order.
 
@@ -37,6 +38,7 @@ def first_gemm(
     an expert), "groups" (e4m3, a scale for 128 columns) or "mxfp8" (rounded to what mxfp8 holds).
     A block of at most SHORT rows is computed as one of that height: an expert's last ones are.
     """
+    follow(CHAINED)
     block, tile = _place(most, (inner + N - 1) // N, together)
     expert, begin, count = _block(
         block, ids_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M
@@ -121,12 +123,13 @@ def second_gemm(
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHORT: tl.constexpr,
-    EVEN: tl.constexpr, SWAPPED: tl.constexpr, MAPPED: tl.constexpr,
+    EVEN: tl.constexpr, SWAPPED: tl.constexpr, MAPPED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """inner [N, I] x w2 → parts [T * K, H], each pair's weighted part of its row's sum.
 
     inner_map: inner as a tensor map of tiles M high, where MAPPED and SORTED.
     """
+    follow(CHAINED)
     block, tile = _place(most, (hidden + N - 1) // N, together)
     expert, begin, count = _block(
         block, ids_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M

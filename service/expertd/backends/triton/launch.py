@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from expertd.backends.triton.align import Blocks
+from expertd.backends.triton.chain import chained
 from expertd.backends.triton.experts import first_gemm, second_gemm
 from expertd.backends.triton.tiles import Tile
 from expertd.backends.triton.weights import Kind, Matrix
@@ -167,7 +168,7 @@ def _arguments(
         "SWAPPED": tile.swapped,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
-    }
+    } | chained(weight.device)
 
 
 def _can_be_mapped(matrix: Tensor) -> bool:

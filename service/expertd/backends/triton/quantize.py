@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from expertd.backends.triton.chain import chained, follow
 from expertd.backends.triton.dot import rounded, widened
 
 WIDE = 1024
@@ -57,13 +58,16 @@ def _quantize(
     count_ptr,
     width,
     groups,
-    FIXED: tl.constexpr,
+    FORM: tl.constexpr,
     COUNTED: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
-    """One row's GROUPS x GROUP columns. FIXED: scale_ptr holds one scale for everything. COUNTED:
-    only so many rows as count_ptr says are there."""
+    """One row's GROUPS x GROUP columns. FORM: "scaled", each group by its own largest; "fixed", all
+    by the one scale in scale_ptr; "mxfp8", rounded to what it can hold. COUNTED: only so many rows
+    as count_ptr says are there."""
+    follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     if COUNTED and row >= tl.load(count_ptr):
         return
@@ -71,78 +75,52 @@ def _quantize(
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     there = column < width
     values = tl.load(rows_ptr + row * width + column, mask=there, other=0.0).to(tl.float32)
-    if FIXED:
+    if FORM == "fixed":
         codes = to_e4m3(values / tl.load(scale_ptr))
+    elif FORM == "mxfp8":
+        codes = rounded(through_mxfp8(values), codes_ptr.dtype.element_ty)
     else:
         codes, scale = quantized(values)
         tl.store(scale_ptr + row * groups + group, scale, mask=group < groups)
     tl.store(codes_ptr + row * width + column, codes, mask=there)
 
 
-@triton.jit
-def _round_mxfp8(rows_ptr, out_ptr, width, GROUPS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    column = group[:, None] * 32 + tl.arange(0, 32)[None, :]
-    there = column < width
-    values = tl.load(rows_ptr + row * width + column, mask=there, other=0.0).to(tl.float32)
-    values = rounded(through_mxfp8(values), out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * width + column, values, mask=there)
-
-
 def quantize_groups(rows: Tensor, codes: Tensor, scale: Tensor) -> None:
     """rows [R, K] → codes [R, K] e4m3 and scale [R, K / 128, rounded up]."""
-    grid = (len(rows), triton.cdiv(rows.shape[1], WIDE))
-    _quantize[grid](
-        rows,
-        codes,
-        scale,
-        scale,
-        rows.shape[1],
-        scale.shape[1],
-        FIXED=False,
-        COUNTED=False,
-        GROUP=128,
-        GROUPS=WIDE // 128,
-    )
+    _launch(rows, codes, scale, "scaled", group=128)
 
 
 def quantize_rows(rows: Tensor, codes: Tensor, scale: Tensor, count: Tensor | None = None) -> None:
     """rows [R, K] → codes [R, K] e4m3 and scale [R, 1]; count [1]: how many rows there are."""
-    width = rows.shape[1]
-    _quantize[(len(rows), 1)](
+    _launch(rows, codes, scale, "scaled", triton.next_power_of_2(rows.shape[1]), count)
+
+
+def quantize_fixed(rows: Tensor, codes: Tensor, scale: Tensor) -> None:
+    """rows [R, K] → codes [R, K] e4m3, all divided by scale []."""
+    _launch(rows, codes, scale, "fixed", group=WIDE)
+
+
+def round_mxfp8(rows: Tensor, out: Tensor) -> None:
+    """rows [R, K] → out [R, K], rounded to mxfp8's values."""
+    _launch(rows, out, rows, "mxfp8", group=32)
+
+
+def _launch(
+    rows: Tensor, codes: Tensor, scale: Tensor, form: str, group: int, count: Tensor | None = None
+) -> None:
+    """A program for each row's WIDE columns, or for each group that is wider."""
+    width, columns = rows.shape[1], max(WIDE, group)
+    _quantize[(len(rows), triton.cdiv(width, columns))](
         rows,
         codes,
         scale,
         scale if count is None else count,
         width,
-        1,
-        FIXED=False,
+        triton.cdiv(width, group),
+        FORM=form,
         COUNTED=count is not None,
-        GROUP=triton.next_power_of_2(width),
-        GROUPS=1,
-        num_warps=8 if width > WIDE else 4,
+        GROUP=group,
+        GROUPS=columns // group,
+        num_warps=8 if columns > WIDE else 4,
+        **chained(rows.device),
     )
-
-
-def quantize_fixed(rows: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """rows [R, K] → codes [R, K] e4m3, all divided by scale []."""
-    grid = (len(rows), triton.cdiv(rows.shape[1], WIDE))
-    _quantize[grid](
-        rows,
-        codes,
-        scale,
-        scale,
-        rows.shape[1],
-        1,
-        FIXED=True,
-        COUNTED=False,
-        GROUP=WIDE,
-        GROUPS=1,
-    )
-
-
-def round_mxfp8(rows: Tensor, out: Tensor) -> None:
-    """rows [R, K] → out [R, K], rounded to mxfp8's values."""
-    grid = (len(rows), triton.cdiv(rows.shape[1], WIDE))
-    _round_mxfp8[grid](rows, out, rows.shape[1], GROUPS=WIDE // 32)

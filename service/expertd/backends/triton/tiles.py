@@ -60,6 +60,7 @@ class Work:
     arch: str
     weights: str
     rows: str
+    gated: bool
     hidden: int
     intermediate: int
     held: int
@@ -92,16 +93,22 @@ def _measured(entry: dict[str, object]) -> Measured:
 def measured(work: Work, pairs: int) -> Cut | None:
     """The cut of the nearest measurement of this format on this card; None without any.
 
-    The very layer comes first; of others, those with about as many pairs an expert.
+    The very layer comes first; of others, those with about as many pairs an expert. What was
+    measured without a gate is no guide to a gate's two sums, but these are to one.
     """
     same = [one for one in table() if _format(one.work) == _format(work)]
+    same = [one for one in same if one.work.gated or not work.gated]
     if not same:
         return None
-    return min(same, key=lambda one: (one.work != work, _distance(one, work, pairs))).cut
+    return min(same, key=lambda one: _farness(one, work, pairs)).cut
 
 
 def _format(work: Work) -> tuple[str, str, str]:
     return work.arch, work.weights, work.rows
+
+
+def _farness(one: Measured, work: Work, pairs: int) -> tuple[bool, bool, float]:
+    return one.work != work, one.work.gated != work.gated, _distance(one, work, pairs)
 
 
 def _distance(one: Measured, work: Work, pairs: int) -> float:

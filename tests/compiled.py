@@ -1,0 +1,114 @@
+"""What Triton lays out for our kernels on a card that need not be here: it compiles without one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from tests.strategies import generator, layer_spec, random_topk, random_weights
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from expertd.backends.base import Batch
+from expertd.backends.triton.align import Blocks
+from expertd.backends.triton.backend import Triton
+from expertd.backends.triton.shared import Card
+from expertd.backends.triton.tiles import Cut, Tile
+from expertd.capability.row import Row
+from expertd.capability.rows.triton import ROWS
+from expertd.core import Activation, ActivationKind, QuantScheme
+
+CELLS = [(row, quant) for row in ROWS for quant in row.quants]
+SMALL, LARGE = 99 * 1024, 227 * 1024
+CARDS = {
+    "sm80": Card("sm80", 163 * 1024),
+    "sm86": Card("sm86", SMALL),
+    "sm89": Card("sm89", SMALL),
+    "sm90": Card("sm90", LARGE),
+    "sm100": Card("sm100", LARGE),
+    "sm120": Card("sm120", SMALL),
+}
+TOKENS = 32
+
+
+class _Absent:
+    """Triton's driver of a card that is not here; each has a number, and a cache, of its own."""
+
+    def __init__(self, arch: str) -> None:
+        self.number = int(arch.removeprefix("sm"))
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.number, 32)
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(arch: str) -> Iterator[None]:
+    """Kernels are compiled for a card of this architecture, on the CPU's tensors."""
+    with patch.object(driver, "_active", _Absent(arch)):
+        yield
+
+
+def backend_of(row: Row, quant: QuantScheme, gated: bool, device: torch.device) -> Triton:
+    """A small layer, ready for its kernels to be compiled."""
+    kind = ActivationKind.SWIGLU if gated else ActivationKind.RELU2
+    spec = layer_spec(hidden=256, intermediate=256, quant=quant, activation=Activation(kind))
+    weights = random_weights(spec, generator(0))
+    moved = {name: tensor.to(device) for name, tensor in weights.tensors.items()}
+    backend = Triton(row, spec, device)
+    with patch.object(Triton, "_check", lambda self: ()):
+        backend.check()
+    backend.prepare_weights(replace(weights, **moved), None)
+    return backend
+
+
+def laid_out(backend: Triton, cut: Cut) -> list[int]:
+    """Bytes of shared memory of each GEMM as compiled; nothing is launched."""
+    spec, device = backend.spec, backend.device
+    ids, weights = (t.to(device) for t in random_topk(TOKENS, spec.num_experts, 2, generator(0)))
+    rows = torch.zeros(TOKENS, spec.hidden, dtype=torch.bfloat16, device=device)
+    batch = Batch(rows, torch.empty_like(rows), ids=ids, weights=weights)
+    memory = backend.memory(cut, TOKENS, 2)
+    room = "expertd.backends.triton"
+    with patch(f"{room}.backend.align", _unaligned), patch(f"{room}.quantize._launch"):
+        calls = backend.calls(batch, cut, memory)
+    return [_compiled(call.kernel, call.grid, call.arguments) for call in calls]
+
+
+def _unaligned(ids: Any, first: int, held: int, heights: Any, scratch: Any) -> tuple[Blocks, ...]:
+    return tuple(Blocks(ids, first, 8, scratch, scratch, scratch, scratch) for _ in heights)
+
+
+def _compiled(kernel: Any, grid: tuple[int], arguments: dict[str, Any]) -> int:
+    assert isinstance(kernel, triton.JITFunction)
+    return int(kernel.warmup(grid=grid, **arguments).metadata.shared)
+
+
+def random_cut(row: Row, quant: QuantScheme, arch: str, chance: random.Random) -> Cut:
+    """Any tile that compiles, of two stages and more, for both GEMMs."""
+    blocks = "block128" in quant or "group128" in row.activation_quant
+    n, k = (128, 128) if blocks else (chance.choice((64, 128)), chance.choice((64, 128, 256)))
+    m = chance.choice((16, 32, 64, 128))
+    loose = m == 16 and chance.random() < 0.3
+    tile = Tile(
+        m,
+        n,
+        k,
+        warps=8 if m == 128 else 4,
+        stages=chance.choice((2, 3, 4)),
+        swapped=m < 128 and chance.random() < 0.4,
+        mapped=arch not in ("sm80", "sm86", "sm89") and chance.random() < 0.5,
+        short=chance.choice((0, m // 2)) if m > 16 else 0,
+    )
+    return Cut(not loose, loose, tile, tile)
