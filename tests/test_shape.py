@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.imports import PACKAGES, ROOT, Import, imports, module_name, read, sources
+from tests.processes import assert_runs
 
 MOST_LINES = 400
 HAND_WRITTEN = {".py", ".pyi", ".proto", ".sh", ".md", ".toml", ".yaml", ".yml", ".js", ".html", ""}
@@ -33,6 +35,9 @@ ROOMS = (
 """A room imports from its own row and from those above."""
 
 RANK = {room: rank for rank, row in enumerate(ROOMS) for room in row}
+ASSERTING = ("assert_", "check", "compare", "raises", "warns", "until")
+"""How the name of what asserts for a test begins."""
+
 CLIENT_USERS = ("bench", "cli")
 """Rooms of the server that may be a client too."""
 
@@ -120,6 +125,37 @@ def test_no_import_is_overlooked() -> None:
     assert list(read("from .b import c", "p.q", is_package=True)) == [(1, ["p.q.b.c"])]
 
 
+def names_that_assert(function: ast.AST) -> Iterator[str]:
+    """Each assert statement, and each call whose name says that it may fail."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assert):
+            yield "assert"
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name.startswith(ASSERTING):
+                yield name
+
+
+def without_assertion(source: str) -> list[str]:
+    """The tests that could not fail but by chance."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    tests = [node for node in ast.walk(ast.parse(source)) if isinstance(node, functions)]
+    return [t.name for t in tests if t.name.startswith("test_") and not [*names_that_assert(t)]]
+
+
+def test_every_test_asserts() -> None:
+    files = list((ROOT / "tests").rglob("*.py"))
+    found = {str(p.relative_to(ROOT)): without_assertion(p.read_text()) for p in files}
+    assert len(found) > 100
+    assert {file: names for file, names in found.items() if names} == {}
+
+
+def test_a_test_that_only_runs_is_found() -> None:
+    runs, asserts = "def test_a():\n  go()\n", "async def test_b():\n  assert go()\n"
+    helps = "class T:\n  def test_c(self):\n    with pytest.raises(E):\n      go()\n"
+    assert without_assertion(runs + asserts + helps) == ["test_a"]
+
+
 def test_rooms_that_need_no_torch() -> None:
     """They are imported in a process where importing torch is an error."""
     packages = ("expertd.core", "expertd.capability", "expertd_client", "expertd_wire")
@@ -132,7 +168,7 @@ def test_rooms_that_need_no_torch() -> None:
     ]
     code = "import sys, importlib; sys.modules['torch'] = None\n"
     code += "for name in sys.argv[1:]: importlib.import_module(name)"
-    subprocess.run([sys.executable, "-c", code, *modules, *WITHOUT_TORCH], check=True)
+    assert_runs(code, *modules, *WITHOUT_TORCH)
 
 
 def declared(*extras: str) -> set[str]:

@@ -29,7 +29,7 @@ def drawn(tokens: int, seed: int = 0) -> tuple[Any, Any]:
     return rows, random.standard_normal((tokens, EXPERTS)).astype(np.float32)
 
 
-def right(output: Any, rows: Any, logits: Any, table: Any = TABLE) -> None:
+def assert_right(output: Any, rows: Any, logits: Any, table: Any = TABLE) -> None:
     np.testing.assert_allclose(output, truth(rows, *routed(logits), table), rtol=1e-5, atol=1e-5)
 
 

@@ -198,8 +198,8 @@ async def test_a_function_can_be_the_async_server() -> None:
 
 
 def test_an_async_client_can_be_made_outside_the_loop_and_closed_unused(connect: Any) -> None:
-    with connect("127.0.0.1:1"):
-        pass
+    with connect("127.0.0.1:1") as unused:
+        assert callable(unused.forward)
 
 
 def test_both_clients_have_the_same_surface() -> None:

@@ -23,7 +23,7 @@ from tests.clients.fleets import (
     truth,
     whole,
 )
-from tests.clients.pooling import FOUR, drawn, pool_over, right
+from tests.clients.pooling import FOUR, assert_right, drawn, pool_over
 
 from expertd_client.errors import ExpertsUnavailable
 
@@ -33,7 +33,7 @@ def test_rows_are_split_over_replicas_of_everything(pool_of: Any) -> None:
     with pool_of(fleet) as pool:
         pool.layers(MODEL)
         reply = pool.call(MODEL, LAYER, rows, router_logits=logits)
-    right(reply.output, rows, logits)
+    assert_right(reply.output, rows, logits)
     assert [server.rows for server in fleet.servers.values()] == [200, 200, 200]
     assert (reply.attempts, reply.rows_sent) == (3, 600) and reply.complete_rows.all()
     assert {share.target for share in reply.shares} == set(fleet.targets)
@@ -52,7 +52,7 @@ def test_rows_go_to_the_holders_of_their_experts(pool_of: Any, form: str) -> Non
     with pool_of(fleet) as pool:
         pool.layers(MODEL)
         reply = pool.call(MODEL, LAYER, rows, **routing)
-    right(reply.output, rows, logits)
+    assert_right(reply.output, rows, logits)
     needed = sum(int(((ids // 8) == side).any(axis=1).sum()) for side in (0, 1))
     assert reply.rows_sent == needed == sum(server.rows for server in fleet.servers.values())
     assert len(reply.shares) == 4
@@ -65,7 +65,7 @@ def test_any_ranges_give_the_same_sum(held: list[tuple[int, int]], seed: int) ->
     fleet = ranges((0, 5), (5, 16), *((b, min(16, b + n)) for b, n in held))
     rows, logits = drawn(100, seed)
     with pool_over(fleet, shard="experts") as pool:
-        right(pool.forward(MODEL, LAYER, rows, router_logits=logits), rows, logits)
+        assert_right(pool.forward(MODEL, LAYER, rows, router_logits=logits), rows, logits)
 
 
 def test_the_order_of_answers_does_not_show() -> None:
@@ -118,7 +118,7 @@ def test_answers_are_the_callers_own_memory(fleet: FakeFleet, tokens: int) -> No
             assert type(first) is type(given_rows) and first.shape == (tokens, HIDDEN)
             assert not (again == 7).any()
             if tokens:
-                right(np.asarray(again), rows, logits)
+                assert_right(np.asarray(again), rows, logits)
 
 
 @pytest.mark.parametrize("shard", ["tokens", "experts"])
@@ -137,7 +137,7 @@ def test_scales_travel_with_their_rows(shard: str) -> None:
             hidden_states_scale=scale,
             reply_dtype="float32",
         )
-    right(output, narrow.astype(np.float32) * scale, logits)
+    assert_right(output, narrow.astype(np.float32) * scale, logits)
 
 
 @pytest.mark.parametrize("shard", ["tokens", "experts"])
@@ -223,8 +223,8 @@ def test_a_server_with_everything_is_preferred_to_ranges() -> None:
     rows, logits = drawn(30)
     with pool_over(fleet) as pool:
         pool.layers(MODEL)
-        right(pool.forward(MODEL, LAYER, rows, router_logits=logits), rows, logits)
+        assert_right(pool.forward(MODEL, LAYER, rows, router_logits=logits), rows, logits)
         assert [server.rows for server in fleet.servers.values()] == [30, 0, 0]
         fleet[0].reachable = False
-        right(pool.forward(MODEL, LAYER, rows, router_logits=logits), rows, logits)
+        assert_right(pool.forward(MODEL, LAYER, rows, router_logits=logits), rows, logits)
         assert fleet[1].rows and fleet[2].rows

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.clients.fleets import MODEL, TABLE, FakeFleet, FakeServer, ranges, whole
-from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, failing, pool_over, right, until
+from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, assert_right, failing, pool_over, until
 
 from expertd_client import ExpertPool
 from expertd_client.errors import ExpertsUnavailable, Unavailable
@@ -50,7 +50,7 @@ def test_ranges_of_two_checkpoints_are_never_mixed() -> None:
         until(lambda: len(pool.layers(MODEL)) == 2)
         fleet[0].checkpoint, fleet[0].serving = "new", True
         until(lambda: len(pool.layers(MODEL)) == 3)
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
 
 
 def test_weights_are_never_mixed_in_a_call(caplog: pytest.LogCaptureFixture) -> None:
@@ -61,15 +61,15 @@ def test_weights_are_never_mixed_in_a_call(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING), pool_over(fleet) as pool:
         pool.layers(MODEL)
         old[0].script = failing(Unavailable("gone"), times=1)
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
         for server in old:
             server.reachable = False
         until(lambda: not [i for i in pool.layers(MODEL) if i.weights_digest == "old"])
-        right(ask(pool).output, ROWS, LOGITS, other_weights())
+        assert_right(ask(pool).output, ROWS, LOGITS, other_weights())
         for server in old:
             server.reachable = True
         until(lambda: len(pool.layers(MODEL)) == 5)
-        right(ask(pool).output, ROWS, LOGITS, other_weights())
+        assert_right(ask(pool).output, ROWS, LOGITS, other_weights())
     assert "the replicas' weights differ" in caplog.text
 
 
@@ -88,7 +88,7 @@ def test_a_call_that_lost_its_weights_begins_again(impatient: None) -> None:
     with pool_over(fleet) as pool:
         pool.layers(MODEL)
         fleet[1].script = die
-        right(ask(pool).output, ROWS, LOGITS, other_weights())
+        assert_right(ask(pool).output, ROWS, LOGITS, other_weights())
     assert len(fleet[0].calls) == 1, "an answer with old weights was there to be mixed in"
 
 
@@ -112,7 +112,7 @@ def test_settings_that_differ_are_never_mixed() -> None:
 def test_ranges_may_change_while_serving(impatient: None) -> None:
     fleet = ranges((0, 8), (8, 16))
     with pool_over(fleet) as pool:
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
         for server, begin in ((fleet[0], 8), (fleet[1], 0)):
             server.serving = False
             until(lambda: len(pool.layers(MODEL)) == 1)
@@ -120,7 +120,7 @@ def test_ranges_may_change_while_serving(impatient: None) -> None:
             server.digest = f"{begin}-{begin + 8}"
             server.serving = True
             until(lambda: len(pool.layers(MODEL)) == 2)
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
         assert len(fleet[0].calls) == len(fleet[1].calls) == 2
 
 
@@ -142,7 +142,7 @@ def test_what_a_replica_held_before_it_went_is_not_believed(impatient: None) -> 
             server.begin, server.end = (8, 16) if server.begin == 0 else (0, 8)
             server.digest, server.serving = f"{server.begin}-{server.end}", True
         threading.Timer(0.2, late.set).start()
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
 
 
 def test_an_answer_from_before_is_not_believed(impatient: None) -> None:
@@ -180,7 +180,7 @@ def test_a_layer_that_was_loaded_again_in_silence_is_noticed(impatient: None) ->
     with pool_over(fleet) as pool:
         ask(pool)
         fleet[0].digest, fleet[0].table, fleet[0].generation = "new", other_weights(), 2
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
 
 
 def test_a_draining_replica_gets_nothing_new() -> None:
@@ -202,7 +202,7 @@ def test_a_replica_that_returns_is_used_again() -> None:
         pool.layers(MODEL)
         fleet[0].reachable = False
         for _ in range(5):
-            right(ask(pool).output, ROWS, LOGITS)
+            assert_right(ask(pool).output, ROWS, LOGITS)
         before = len(fleet[0].calls)
         fleet[0].reachable = True
         until(lambda: ask(pool) and len(fleet[0].calls) > before)
@@ -212,12 +212,12 @@ def test_endpoints_are_read_again(impatient: None, tmp_path: Path) -> None:
     fleet, listed = whole(3), tmp_path / "replicas"
     listed.write_text("r0:1  # the first\n\n# nobody else\n")
     with ExpertPool(listed, connect=fleet.connect) as pool:
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
         assert [bool(server.calls) for server in fleet] == [True, False, False]
         listed.write_text("r1:1\nr2:1\n")
         until(lambda: len(pool.layers(MODEL)) == 2)
         before = len(fleet[0].calls)
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
         assert len(fleet[0].calls) == before and fleet[1].calls and fleet[2].calls
         until(lambda: fleet.links[0].closed)
         for unreadable in ("r1:1\nnot an address\n", "", None):

@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.clients.fleets import LAYER, MODEL, FakeFleet, ranges, whole
-from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, failing, hang, pool_over, right, until
+from tests.clients.pooling import (
+    FOUR,
+    LOGITS,
+    ROWS,
+    ask,
+    assert_right,
+    failing,
+    hang,
+    pool_over,
+    until,
+)
 
 from expertd_client import dispatch, replicas
 from expertd_client.errors import (
@@ -48,7 +58,7 @@ def test_what_fails_at_one_is_asked_of_another(fleet: FakeFleet, error: ExpertdE
     with pool_over(fleet) as pool:
         pool.layers(MODEL)
         reply = ask(pool)
-    right(reply.output, ROWS, LOGITS)
+    assert_right(reply.output, ROWS, LOGITS)
     assert reply.attempts == len(reply.shares) + 1
     assert fleet[0].target not in {share.target for share in reply.shares}
 
@@ -81,7 +91,7 @@ def test_an_overloaded_replica_is_left_alone_as_long_as_it_asks() -> None:
 
     fleet[0].script = script
     with pool_over(fleet) as pool:
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
     assert len(times) == 2 and times[1] - times[0] >= 0.4
 
 
@@ -103,7 +113,7 @@ def test_a_part_that_stalls_is_asked_of_another(impatient: None) -> None:
     with pool_over(fleet) as pool:
         pool.layers(MODEL)
         reply = ask(pool)
-        right(reply.output, ROWS, LOGITS)
+        assert_right(reply.output, ROWS, LOGITS)
         assert fleet[0].target not in {share.target for share in reply.shares}
         assert fleet[0].cancelled == 1, "the answer that nobody waits for is taken back"
 
@@ -122,7 +132,7 @@ def test_a_stalled_replica_is_avoided_until_it_answers(impatient: None) -> None:
         pool.layers(MODEL)
         stuck.set()
         fleet[0].script, fleet[0].probe = hang, probe
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
         before = len(fleet[0].calls)
         for _ in range(5):
             ask(pool)
@@ -161,7 +171,7 @@ def test_hedging(hedge: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         fleet[0].script = fleet[1].script = script
         slow.set()
         reply = pool.call(MODEL, LAYER, ROWS[small], router_logits=LOGITS[small])
-    right(reply.output, ROWS[small], LOGITS[small])
+    assert_right(reply.output, ROWS[small], LOGITS[small])
     assert reply.attempts == (2 if hedge else 1)
     assert fleet[0].cancelled + fleet[1].cancelled == (1 if hedge else 0)
 
@@ -203,7 +213,7 @@ def test_an_answer_of_another_form_is_not_believed() -> None:
         with pool_over(fleet) as pool:
             pool.layers(MODEL)
             reply = ask(pool)
-        right(reply.output, ROWS, LOGITS)
+        assert_right(reply.output, ROWS, LOGITS)
         assert {share.target for share in reply.shares} == {fleet[1].target}
 
 

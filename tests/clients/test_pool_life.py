@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.clients.fleets import EXPERTS, HIDDEN, LAYER, MODEL, ranges, whole
-from tests.clients.pooling import FOUR, drawn, hang, pool_over, right, until
+from tests.clients.pooling import FOUR, assert_right, drawn, hang, pool_over, until
 
 from expertd_client import AsyncExpertPool, ExpertPool
 from expertd_client.errors import (
@@ -92,7 +92,7 @@ def test_replicas_that_let_nobody_in(pool_of: Any) -> None:
         pool.forward(MODEL, LAYER, rows, router_logits=logits)
     fleet[1].probe = None
     with pool_of(fleet) as pool:
-        right(pool.forward(MODEL, LAYER, rows, router_logits=logits), rows, logits)
+        assert_right(pool.forward(MODEL, LAYER, rows, router_logits=logits), rows, logits)
 
 
 def test_what_the_pool_knows(pool_of: Any) -> None:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from tests.clients.fleets import HIDDEN, LAYER, MODEL, TABLE, ranges, routed, whole
-from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, hang, pool_over, right
+from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, assert_right, hang, pool_over
 
 from expertd_client.errors import ExpertsUnavailable
 
@@ -21,7 +21,7 @@ def test_a_call_waits_for_experts_that_nobody_holds() -> None:
         with pytest.raises(ExpertsUnavailable, match=r"layer m/3: .* experts 8-15"):
             ask(pool, timeout=0.3)
         threading.Timer(0.3, setattr, (fleet[1], "reachable", True)).start()
-        right(ask(pool, timeout=20).output, ROWS, LOGITS)
+        assert_right(ask(pool, timeout=20).output, ROWS, LOGITS)
 
 
 def test_a_call_that_must_not_wait() -> None:
@@ -33,7 +33,7 @@ def test_a_call_that_must_not_wait() -> None:
         some = LOGITS.copy()
         some[:, 8:] = -np.inf
         output = pool.forward(MODEL, LAYER, ROWS, router_logits=some)
-        right(output, ROWS, some)
+        assert_right(output, ROWS, some)
 
 
 def test_nobody_there_at_all() -> None:
@@ -57,7 +57,7 @@ def test_what_could_be_had() -> None:
         )
     low = TABLE.copy()
     low[8:] = 0
-    right(output, ROWS, LOGITS, low)
+    assert_right(output, ROWS, LOGITS, low)
     ids, _ = routed(LOGITS)
     assert complete.tolist() == (ids < 8).all(axis=1).tolist()
     assert 0 < complete.sum() < len(ROWS)
@@ -82,7 +82,7 @@ def test_a_call_that_must_not_wait_lets_everybody_speak_first() -> None:
 
     fleet[1].probe = slow
     with pool_over(fleet, wait_for_experts=False) as pool:
-        right(ask(pool).output, ROWS, LOGITS)
+        assert_right(ask(pool).output, ROWS, LOGITS)
 
 
 def test_weights_of_no_expert_are_nobodys() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.e2e.servers import expertd, serving
+from tests.processes import assert_runs
 
 from expertd.cli import main
 from expertd_client import Client
@@ -113,5 +112,5 @@ def test_it_reads_what_counts_writes(home: Path, counts: Path) -> None:
 
 def test_it_needs_no_torch(counts: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from expertd.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "plan", "--counts", str(counts), "--replicas", "3"]
-    subprocess.run(command, check=True, capture_output=True)
+    shown = assert_runs(code, "plan", "--counts", str(counts), "--replicas", "3")
+    assert "--experts 0-0" in shown and "predicted max/mean" in shown

@@ -118,7 +118,7 @@ def test_08_renormalize_and_its_naive_twin_are_one() -> None:
     assert table[M.RENORMALIZE] == table[M.RENORMALIZE_NAIVE]
 
 
-def scale_is_applied_exactly_once(quant: Q) -> None:
+def assert_scale_is_applied_once(quant: Q) -> None:
     honoured = layer(quant, M.DEEPSEEK_V3, settings={"routed_scaling_factor": 2.5})
     dropped = layer(quant, M.SIGMOID_RENORM, settings={"routed_scaling_factor": 2.5})
     for spec, kernel_applies in ((honoured, True), (dropped, False)):
@@ -132,7 +132,7 @@ def scale_is_applied_exactly_once(quant: Q) -> None:
 
 
 def test_09_bf16_applies_the_scale_exactly_once() -> None:
-    scale_is_applied_exactly_once(Q.BF16)
+    assert_scale_is_applied_once(Q.BF16)
     logits = torch.randn(16, 32)
     once, scaled = (route("SigmoidRenorm", logits, top_k=4, scale=s)[1] for s in (1.0, 2.5))
     assert torch.allclose(scaled, once * 2.5)
@@ -140,7 +140,7 @@ def test_09_bf16_applies_the_scale_exactly_once() -> None:
 
 @pytest.mark.parametrize("quant", [Q.MXFP4, Q.MXINT4])
 def test_10_mxfp4_and_mxint4_apply_the_scale_exactly_once(quant: Q) -> None:
-    scale_is_applied_exactly_once(quant)
+    assert_scale_is_applied_once(quant)
 
 
 def test_11_step_37_under_minimax2_by_version() -> None:

@@ -65,19 +65,26 @@ def test_methods_that_only_a_caller_knows(method: str) -> None:
         route(**{**GOOD, "method": method})
 
 
-def test_good_ones_pass() -> None:
-    route(**GOOD)
-    route(**{**GOOD, **GROUPS, "bias": torch.zeros(16, dtype=torch.bfloat16)})
-    route(**{**GOOD, "method": "MiniMax2", "n_group": 1, "topk_group": 1, "scale": 0})
-    route(
-        **{
-            **GOOD,
-            "method": RoutingMethod.DEEPSEEK_V3,
-            "n_group": 16,
-            "topk_group": 4,
-            "group_score": "max",
-        }
-    )
+WELL: list[dict[str, Any]] = [
+    {},
+    {**GROUPS, "bias": torch.zeros(16, dtype=torch.bfloat16)},
+    {"method": "MiniMax2", "n_group": 1, "topk_group": 1, "scale": 0},
+    {
+        "method": RoutingMethod.DEEPSEEK_V3,
+        "n_group": 16,
+        "topk_group": 4,
+        "group_score": "max",
+    },
+]
+
+
+@pytest.mark.parametrize("change", WELL, ids=lambda value: str(value)[:40])
+def test_good_ones_pass(change: dict[str, Any]) -> None:
+    given = {**GOOD, **change}
+    ids, weights = route(**given)
+    shape = (len(given["logits"]), given["top_k"])
+    assert (ids.shape, weights.shape) == (shape, shape)
+    assert (ids.dtype, weights.dtype) == (torch.int32, torch.float32)
 
 
 def test_all_reasons_at_once() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.processes import assert_runs
 from tests.service.routing.oracle import SCORES, groups_tie, keys_of, weights_of, within_groups
 from torch import Tensor
 
@@ -319,4 +318,4 @@ def test_naming_the_room_loads_no_torch() -> None:
         "assert 'torch' not in sys.modules\n"
         "from expertd.routing import route, route_for, logits_ok\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert_runs(code)

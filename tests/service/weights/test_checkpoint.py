@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tests.processes import assert_runs
 from tests.service.weights.files import edit_header, edit_json, edit_tensors, qwen, qwen_layer
 
 from expertd.errors import ExpertdError, FailedPrecondition, InvalidArgument
@@ -178,4 +177,4 @@ def test_headers_are_read_without_torch(tmp_path: Path) -> None:
         f"assert len(layer_specs(Checkpoint.open({str(root)!r}))) == 2; "
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert_runs(code)

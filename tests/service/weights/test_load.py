@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import assert_runs
 from tests.service.weights.files import (
     EXPERTS,
     HIDDEN,
@@ -252,8 +251,7 @@ extra = (peak - before) * 1024 - weights.nbytes
 assert weights.nbytes > 400 << 20 and extra < 80 << 20, (weights.nbytes, extra)
 """
     large(tmp_path / "m", experts, parts, **declared)
-    root = Path(__file__).parents[3]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    assert_runs(code)
 
 
 def test_the_digest_sees_every_byte_and_their_order(tmp_path: Path) -> None:
