@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
+from collections import Counter as Counts
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -36,9 +37,22 @@ SECONDS = (
 TOKENS = tuple(float(1 << power) for power in range(17))
 REQUESTS = tuple(float(1 << power) for power in range(9))
 
+T = TypeVar("T")
+
 NO_PLAN = ("none", "none")
 MOST_NOTES = 256
-"""How many counts may wait for a scrape; together they take a fraction of a millisecond."""
+"""How many calls may wait for a scrape; together they take a fraction of a millisecond."""
+
+
+class CallReport(NamedTuple):
+    """A call that was answered: its plan (backend, mode), its code, its time, its own stages."""
+
+    model: str
+    carrier: str
+    plan: tuple[str, str]
+    code: str
+    nanoseconds: int
+    stages: Sequence[tuple[str, int]]
 
 
 class Metrics:
@@ -48,8 +62,11 @@ class Metrics:
         # A *_created series for each series says nothing here.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._notes: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._batches: deque[BatchReport] = deque()
+        self._calls: deque[CallReport] = deque()
         self._settling = threading.Lock()
+        self._opening = threading.Lock()
+        self._open = 0
         self._residents = residents
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
@@ -78,7 +95,8 @@ class Metrics:
             "expertd_batch_requests", "Calls of a batch.", REQUESTS
         )
         self._tokens = counter("expertd_tokens", "Rows computed.", ("model",))
-        self._inflight = gauge("expertd_inflight_requests", "Calls being answered.")
+        inflight = gauge("expertd_inflight_requests", "Calls being answered.")
+        inflight.set_function(lambda: self._open)
         self._rejected = counter("expertd_rejected", "Calls refused or dropped.", ("reason",))
         self._nonfinite = counter(
             "expertd_nonfinite_outputs", "Rows answered with NaN or infinity.", ("model",)
@@ -99,31 +117,28 @@ class Metrics:
         self._child(self._rejected, reason).inc()
 
     def ran(self, report: BatchReport) -> None:
-        self._note(self._count_batch, report)
-
-    def stage(self, stage: str, nanoseconds: int) -> None:
-        self._note(self._stage.observe, nanoseconds / 1e9, stage)
+        self._batches.append(report)
 
     def started(self) -> None:
-        self._note(self._inflight.inc)
+        with self._opening:
+            self._open += 1
 
-    def finished(
-        self, model: str, carrier: str, plan: tuple[str, str], code: str, nanoseconds: int
-    ) -> None:
+    def finished(self, report: CallReport) -> None:
         """Counts an answered call; names that are not served become "unknown"."""
-        self._note(self._count_call, model, carrier, plan, code, nanoseconds)
-
-    def _note(self, count: Callable[..., None], *values: Any) -> None:
-        """Counts later: a hundred counts in a row cost a call a quarter of what one alone does."""
-        self._notes.append((count, values))
-        if len(self._notes) >= MOST_NOTES:
+        with self._opening:
+            self._open -= 1
+        self._calls.append(report)
+        if len(self._calls) >= MOST_NOTES:
             self._settle()
 
     def _settle(self) -> None:
+        """Counts what was noted: a hundred in a row cost a call a quarter of one alone."""
         with self._settling:
-            while self._notes:
-                count, values = self._notes.popleft()
-                count(*values)
+            for batch in _taken(self._batches):
+                self._count_batch(batch)
+            counts = Counts(map(self._count_call, _taken(self._calls)))
+            for labels, count in counts.items():
+                self._child(self._requests, *labels).inc(count)
 
     def _count_batch(self, report: BatchReport) -> None:
         times = report.times
@@ -139,13 +154,13 @@ class Metrics:
         if report.nonfinite_rows:
             self._child(self._nonfinite, report.model).inc(report.nonfinite_rows)
 
-    def _count_call(
-        self, model: str, carrier: str, plan: tuple[str, str], code: str, nanoseconds: int
-    ) -> None:
-        self._inflight.dec()
-        known = model if self._residents.knows(model) else "unknown"
-        self._child(self._requests, known, carrier, *plan, code).inc()
-        self._duration.observe(nanoseconds / 1e9, known, carrier)
+    def _count_call(self, report: CallReport) -> tuple[str, ...]:
+        """Counts the times of a call; the labels under which it counts itself."""
+        known = report.model if self._residents.knows(report.model) else "unknown"
+        self._duration.observe(report.nanoseconds / 1e9, known, report.carrier)
+        for stage, nanoseconds in report.stages:
+            self._stage.observe(nanoseconds / 1e9, stage)
+        return (known, report.carrier, *report.plan, report.code)
 
     def drain(self) -> None:
         self._draining.set(1)
@@ -162,6 +177,11 @@ class Metrics:
         """The text exposition; not for an event loop's thread."""
         self._settle()
         return generate_latest(self.registry)
+
+
+def _taken(notes: deque[T]) -> Iterator[T]:
+    while notes:
+        yield notes.popleft()
 
 
 class Distribution:

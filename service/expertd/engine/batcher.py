@@ -61,13 +61,15 @@ class Batcher:
         """Waits for work; an empty list means that the batcher is closed and drained."""
         with self._changed:
             while True:
-                self._drop_expired()
-                batch, wait_ns = self._take()
-                if batch:
-                    return batch
-                if self._closed and not self._queue:
-                    return []
+                wait_ns = 0
+                if self._queue:
+                    self._drop_expired()
+                    batch, wait_ns = self._take()
+                    if batch:
+                        return batch
                 if not self._queue:
+                    if self._closed:
+                        return []
                     self._rate.idle()
                 self._changed.wait(wait_ns / 1e9 if wait_ns else None)
 

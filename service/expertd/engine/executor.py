@@ -97,9 +97,7 @@ class Executor:
             backend = choose_backend(tickets[0].resident, tickets[0].form, tokens)
             flight = launch(staging, backend, tickets)
         except Exception as error:
-            self._refuse(tickets, error)
-            _recover(staging)
-            self._finish(tickets, staging)
+            self._give_up(tickets, staging, error)
         else:
             if self._overlaps:
                 self._landing.put(flight)
@@ -124,21 +122,29 @@ class Executor:
                 self._batcher.computed(flight.tickets)
             answers, report = flight.land()
         except Exception as error:
-            self._refuse(flight.tickets, error)
-            _recover(flight.staging)
-        else:
-            self._observer.ran(report)
-            for ticket, answer in zip(flight.tickets, answers, strict=True):
-                if isinstance(answer, ExpertdError):
-                    ticket.future.set_exception(answer)
-                else:
-                    ticket.future.set_result(answer)
-        self._finish(flight.tickets, flight.staging)
+            self._give_up(flight.tickets, flight.staging, error)
+            return
+        self._observer.ran(report)
+        # Answers last: whoever gets one wants Python's lock, which this thread is about to give up.
+        self._make_way(flight.tickets, flight.staging)
+        for ticket, answer in zip(flight.tickets, answers, strict=True):
+            if isinstance(answer, ExpertdError):
+                ticket.future.set_exception(answer)
+            else:
+                ticket.future.set_result(answer)
+        self._running.remove(flight.tickets)
 
-    def _finish(self, tickets: Sequence[Ticket], staging: Staging) -> None:
+    def _give_up(self, tickets: Sequence[Ticket], staging: Staging, error: Exception) -> None:
+        """Ends a batch that failed; raises DeviceLost if nothing may follow it."""
+        self._refuse(tickets, error)
+        _recover(staging)
+        self._make_way(tickets, staging)
+        self._running.remove(tickets)
+
+    def _make_way(self, tickets: Sequence[Ticket], staging: Staging) -> None:
+        """Lets the next batch begin."""
         if self._overlaps:
             self._batcher.computed(tickets)
-        self._running.remove(tickets)
         self._free.put(staging)
 
     def _refuse(self, tickets: Sequence[Ticket], error: Exception) -> None:

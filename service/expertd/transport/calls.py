@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from expertd.engine.engine import Engine
 from expertd.engine.ticket import Ticket
 from expertd.errors import ExpertdError, InvalidArgument, Unavailable
-from expertd.metrics import NO_PLAN, Metrics
+from expertd.metrics import NO_PLAN, CallReport, Metrics
 from expertd_wire.errors import REASONS
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireError
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 MAX_LOGGED = 200
@@ -41,6 +41,7 @@ class Record:
     request_id: str = ""
     plan: tuple[str, str] = NO_PLAN
     code: str = "OK"
+    stages: list[tuple[str, int]] = field(default_factory=list)
     begin_ns: int = field(default_factory=time.perf_counter_ns)
 
 
@@ -60,7 +61,9 @@ class Desk:
     def end(self, record: Record) -> None:
         """A call has been answered, well or badly."""
         spent = time.perf_counter_ns() - record.begin_ns
-        self.metrics.finished(record.model, self.carrier, record.plan, record.code, spent)
+        plan, code = record.plan, record.code
+        report = CallReport(record.model, self.carrier, plan, code, spent, record.stages)
+        self.metrics.finished(report)
 
     def fail(self, record: Record, error: ExpertdError) -> None:
         """Notes how a call failed, and whether that was a rejection."""
@@ -75,20 +78,9 @@ class Desk:
         if reason := REJECTIONS.get(error.reason, "draining" if draining else ""):
             self.metrics.rejected(reason)
 
-    @contextmanager
-    def recorded(self) -> Iterator[Record]:
-        """Counts and times one call, whatever becomes of it."""
-        record = self.begin()
-        try:
-            yield record
-        except ExpertdError as error:
-            self.fail(record, error)
-            raise
-        except BaseException:
-            record.code = REASONS["INTERNAL"].grpc
-            raise
-        finally:
-            self.end(record)
+    def recorded(self) -> Recorded:
+        """Counts and times one call, whatever becomes of it: with desk.recorded() as record."""
+        return Recorded(self)
 
     def submit(
         self, record: Record, call: ForwardCall, deadline: float | None, client: str
@@ -97,15 +89,37 @@ class Desk:
         record.model, record.request_id = call.model, call.request_id
         return self.engine.submit(call, self.carrier, deadline, client)
 
-    def timed(self, stage: str, work: Callable[[], T]) -> T:
+    def timed(self, record: Record, stage: str, work: Callable[[S], T], given: S) -> T:
         """Runs a carrier's own stage (decode, encode); bytes it cannot read are InvalidArgument."""
         begin = time.perf_counter_ns()
         try:
-            return work()
+            return work(given)
         except WireError as error:
             raise InvalidArgument(str(error)) from None
         finally:
-            self.metrics.stage(stage, time.perf_counter_ns() - begin)
+            record.stages.append((stage, time.perf_counter_ns() - begin))
+
+
+class Recorded:
+    """One call between its arrival and its answer, as a context."""
+
+    __slots__ = ("_desk", "_record")
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    def __enter__(self) -> Record:
+        self._record = self._desk.begin()
+        return self._record
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if isinstance(error, ExpertdError):
+            self._desk.fail(self._record, error)
+        elif error is not None:
+            self._record.code = REASONS["INTERNAL"].grpc
+        self._desk.end(self._record)
 
 
 def note_plan(record: Record, reply: ForwardReply) -> ForwardReply:

@@ -50,9 +50,7 @@ async def held_body(ingress: Ingress, request: Request, deadline: float) -> Asyn
 
 def _declared(ingress: Ingress, request: Request) -> int:
     """What the caller says it will send; an unknown length counts as the longest."""
-    text = request.headers.get("content-length", str(ingress.max_message_bytes))
-    ingress.check(text)
-    return int(text)
+    return ingress.announced(request.headers.get("content-length", str(ingress.max_message_bytes)))
 
 
 async def read_body(request: Request, check: Callable[[int], None]) -> bytes:
@@ -99,11 +97,11 @@ def add_forward(app: FastAPI, desk: Desk, ingress: Ingress) -> None:
                     hidden_states_format=hidden_states_format,
                     priority=priority,
                     request_id=x_request_id,
-                    **desk.timed("decode", lambda: _tensors(body)),
+                    **desk.timed(record, "decode", _tensors, body),
                 )
                 ticket = desk.submit(record, call, deadline, http_caller(request))
                 reply = note_plan(record, await _answer(desk, request, ticket))
-            content = desk.timed("encode", lambda: _encode(reply))
+            content = desk.timed(record, "encode", _encode, reply)
         return Response(content, media_type="application/octet-stream")
 
 

@@ -30,10 +30,17 @@ class Ingress:
         with self._lock:
             self.taken -= size
 
-    def check(self, size: int | str) -> None:
-        """Raises TooLarge for a message, or a length that was announced, beyond the limit."""
-        if not str(size)[:20].isdecimal() or int(str(size)[:20]) > self.max_message_bytes:
-            most = self.max_message_bytes
-            raise TooLarge(
-                f"{str(size)[:20]} bytes given, at most {most} accepted (--max-message-bytes)"
-            )
+    def check(self, size: int) -> None:
+        """Raises TooLarge for a message beyond the limit."""
+        if size > self.max_message_bytes:
+            raise self._too_large(str(size))
+
+    def announced(self, text: str) -> int:
+        """The length that a caller says it will send; raises TooLarge, for what is no number too."""
+        if not text[:20].isdecimal() or int(text[:20]) > self.max_message_bytes:
+            raise self._too_large(text)
+        return int(text)
+
+    def _too_large(self, text: str) -> TooLarge:
+        most = self.max_message_bytes
+        return TooLarge(f"{text[:20]} bytes given, at most {most} accepted (--max-message-bytes)")

@@ -15,7 +15,7 @@ from expertd.engine.ticket import Ticket
 from expertd.errors import DeadlineExceeded, ExpertdError, Internal, InvalidArgument
 from expertd.transport import messages
 from expertd.transport.callers import grpc_caller
-from expertd.transport.calls import Desk, note_plan
+from expertd.transport.calls import Desk, Record, note_plan
 from expertd.transport.ingress import Ingress
 from expertd.transport.interceptors import INTERNAL, guarded
 from expertd.transport.streams import Entry, Stream
@@ -43,10 +43,10 @@ class ExpertsService:
 
     def forward(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         with self._desk.recorded() as record:
-            call = self._decode(request)
+            call = self._decode(record, request)
             ticket = self._desk.submit(record, call, _deadline(context), grpc_caller(context))
             reply = note_plan(record, self._wait(ticket, context))
-            return self._desk.timed("encode", lambda: encode_forward_reply(reply))
+            return self._desk.timed(record, "encode", encode_forward_reply, reply)
 
     def forward_stream(
         self, requests: Iterator[bytes], context: grpc.ServicerContext
@@ -66,7 +66,7 @@ class ExpertsService:
         try:
             self._ingress.take(len(request))
             nbytes = len(request)
-            ticket = self._desk.submit(record, self._decode(request), deadline, client)
+            ticket = self._desk.submit(record, self._decode(record, request), deadline, client)
             return Entry(record, nbytes, ticket)
         except ExpertdError as error:
             fault = error
@@ -85,14 +85,14 @@ class ExpertsService:
             self._desk.fail(record, error)
             status = pack_status(error.reason, str(error), error.refusals, error.retry_seconds)
             reply = ForwardReply(request_id=record.request_id, status=status)
-        data = self._desk.timed("encode", lambda: encode_forward_reply(reply))
+        data = self._desk.timed(record, "encode", encode_forward_reply, reply)
         self._desk.end(record)
         self._ingress.give(entry.nbytes)
         return data
 
-    def _decode(self, request: bytes) -> ForwardCall:
+    def _decode(self, record: Record, request: bytes) -> ForwardCall:
         self._ingress.check(len(request))
-        return self._desk.timed("decode", lambda: decode_forward_call(request))
+        return self._desk.timed(record, "decode", decode_forward_call, request)
 
     def _wait(self, ticket: Ticket, context: grpc.ServicerContext) -> ForwardReply:
         if not context.add_callback(lambda: self._desk.engine.cancel(ticket)):

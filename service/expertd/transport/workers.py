@@ -5,9 +5,12 @@ gRPC's own limit would refuse health checks too, and could not name the flag.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -17,31 +20,76 @@ from expertd.errors import ExpertdError, Overloaded
 from expertd_wire.methods import STATUS_KEY
 from expertd_wire.status import pack_status
 
+log = logging.getLogger(__name__)
+
 RETRY_SECONDS = 0.1
 
 
-class Workers(ThreadPoolExecutor):
-    """The threads of the handlers, which know whether all of them are taken."""
+class Work:
+    """One call's work, and what follows it: as much of a Future as gRPC's server asks for."""
+
+    __slots__ = ("_after", "_lock", "_over", "_run")
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self._run = run
+        self._after: Callable[[Work], None] | None = None
+        self._over = False
+        self._lock = threading.Lock()
+
+    def add_done_callback(self, after: Callable[[Work], None]) -> None:
+        """Calls after(self) when the work is over; gRPC adds one, at once."""
+        with self._lock:
+            self._after = after
+            over = self._over
+        if over:
+            after(self)
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except Exception:
+            log.exception("gRPC's own work on a call failed")
+        with self._lock:
+            self._over = True
+            after = self._after
+        if after is not None:
+            after(self)
+
+
+class Workers:
+    """The threads of the handlers, which know whether all of them are taken.
+
+    Threads are started as they are needed, and stay; a ThreadPoolExecutor would make a Future with
+    its condition for each call, which one of a few rows would feel.
+    """
 
     def __init__(self, most: int) -> None:
-        super().__init__(most, thread_name_prefix="grpc")
         self.most = most
         self._busy = 0
+        self._started = 0
         self._counting = threading.Lock()
+        self._waiting: SimpleQueue[Work] = SimpleQueue()
 
     @property
     def full(self) -> bool:
         return self._busy >= self.most
 
-    def submit(self, work: Callable[..., Any], /, *args: Any, **named: Any) -> Future[Any]:
+    def submit(self, work: Callable[..., Any], /, *args: Any, **named: Any) -> Work:
+        made = Work(partial(work, *args, **named))
         with self._counting:
             self._busy += 1
-        return super().submit(self._counted, work, *args, **named)
+            more = self._started < min(self._busy, self.most)
+            self._started += more
+        self._waiting.put(made)
+        if more:
+            threading.Thread(target=self._serve, name="grpc", daemon=True).start()
+        return made
 
-    def _counted(self, work: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        try:
-            return work(*args, **named)
-        finally:
+    def _serve(self) -> None:
+        while True:
+            work = self._waiting.get()
+            work.run()
+            del work  # its call's bytes
             with self._counting:
                 self._busy -= 1
 
