@@ -51,7 +51,7 @@ W13_W2 = Layout(
     fused="interleaved",
     suffix="parameter",
 )
-CLAMPED = ActivationRule(ActivationKind.SWIGLU, limit=Key("swiglu_limit"))
+CLAMPED = ActivationRule(ActivationKind.SWIGLU, limit=Key("swiglu_limit", default=10.0))
 OAI = ActivationRule(
     ActivationKind.SWIGLU_OAI,
     alpha=Key("swiglu_alpha", default=1.702),
@@ -258,7 +258,7 @@ WITH_BIAS = (
         model_types=("deepseek_v4",),
         layouts=(per_expert("ffn.experts", *W132), fused("mlp.experts")),
         correction_bias=("ffn.gate.bias", GATE_BIAS),
-        activation=replace(CLAMPED, limit=Key("swiglu_limit", default=10.0)),
+        activation=CLAMPED,
         hash_table=("ffn.gate.tid2eid", "mlp.gate.tid2eid"),
     ),
 )

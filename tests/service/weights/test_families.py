@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,15 @@ SIZES = Sizes(hidden=HIDDEN, width=32, experts=EXPERTS, top_k=TOP_K)
 # Saved under the names of the released checkpoint, or of the module.
 FORMS = {"released": {}, "module": {"save_original_format": False}}
 
+# What families say of their activations when a config does not.
+DEFAULTED = {
+    name
+    for rule in (family.activation for family in FAMILIES)
+    for key in (rule.act, rule.alpha, rule.beta, rule.limit)
+    if key is not None and key.default is not None
+    for name in key.names
+}
+
 # Their experts take every row of every expert instead of ids.
 DENSE = ("llama4",)
 
@@ -51,6 +61,7 @@ def test_a_saved_model_is_read_as_it_was(model: Tiny, form: str, tmp_path: Path)
         assert_same_weights(weights, modules[layer])
         if model.model_type not in DENSE:
             assert_same_results(spec, weights, modules[layer])
+    assert_defaults_are_theirs(tmp_path / "m", specs)
 
 
 def test_no_family_of_transformers_is_forgotten() -> None:
@@ -72,6 +83,15 @@ def experts_of(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         stacked = isinstance(getattr(module, "down_proj", None), nn.Parameter)
         if stacked and "shared" not in name:
             yield int(name.split("layers.")[1].split(".")[0]), module
+
+
+def assert_defaults_are_theirs(root: Path, specs: dict[int, LayerSpec]) -> None:
+    """An activation that config.json leaves out is the one that transformers' config fills in."""
+    config = json.loads((root / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in DEFAULTED}
+    (root / "config.json").write_text(json.dumps(kept))
+    for layer, spec in layer_specs(Checkpoint.open(root)).items():
+        assert spec.activation == specs[layer].activation
 
 
 def assert_same_bias(bias: Tensor | None, layer: int, model: nn.Module) -> None:
