@@ -102,6 +102,8 @@ class Delivery:
                     try:
                         return await self._once()
                     except Changed:
+                        # The replicas have other weights by now, and the parts of two editions
+                        # never make one answer: all over again, while the deadline lasts.
                         continue
         except TimeoutError:
             raise self._too_late() from self._last
