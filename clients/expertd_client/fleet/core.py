@@ -92,7 +92,7 @@ class Core:
 
     async def layers(self, model: str | None, timeout: float | None) -> list[pb.LayerInfo]:
         """What every replica in service holds, once each has been asked or timeout is over."""
-        # Those that said nothing in time hold nothing that a call could use: the rest is the answer.
+        # Who said nothing in time holds nothing that a call could use: the rest is the answer.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while not self._fleet.all_contacted:
