@@ -13,6 +13,9 @@ NAMED := $(filter --model --identity --config --demo,$(WORDS))
 WANTED := $(if $(NAMED),,--demo) $(ARGS)
 INSTALLED := $(if $(findstring --device cuda,$(WORDS)),.venv/.gpu-installed,.venv/.installed)
 
+# On a terminal it is a job of its own: Ctrl-C then ends the server, which exits 0, and not make.
+SERVE := $(BIN)/expertd serve $(WANTED)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install serve test test-all lint format proto bench bench-cpu clean
@@ -23,7 +26,7 @@ help: ## list the targets
 install: $(INSTALLED) ## make .venv and install into it (serve and test do so when needed)
 
 serve: $(INSTALLED) ## serve the demo on CPU, or what ARGS="--model NAME=PATH --device cuda:0" says
-	@$(BIN)/expertd serve $(WANTED)
+	@if [ -t 0 ]; then set -m; $(SERVE); else exec $(SERVE); fi
 
 test: .venv/.installed ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
