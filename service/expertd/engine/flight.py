@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from expertd.backends.base import Backend
@@ -69,7 +68,7 @@ class Flight:
     def _answers(self, times: BatchTimes, waited: Sequence[int]) -> list[Answer]:
         row = self._backend.row
         staged_ns, computed_ns = times.stage_in + times.stage_out, times.route + times.kernel
-        data = host_bytes(self._out_TH)
+        data = self.staging.host_bytes(self._out_TH)
         row_bytes = len(data) // self._out_TH.shape[0]
         answers: list[Answer] = []
         begin = 0
@@ -105,8 +104,3 @@ class Flight:
         row = int(faulty[0])
         code = int(self._codes_T[begin + row])
         return fault_error(code, ticket.first_row + row, ticket.resident.spec)
-
-
-def host_bytes(out_TH: Tensor) -> memoryview:
-    """The bytes of a contiguous result in host memory."""
-    return out_TH.view(torch.uint8).numpy().data.cast("B")

@@ -45,7 +45,7 @@ def _stage_in(
     ids = staging.stage("ids", tickets) if routed else None
     weights = staging.stage("weights", tickets) if routed else None
     staging.staged()
-    out = torch.empty(rows.shape, dtype=TORCH_DTYPES[form.reply_dtype], device=rows.device)
+    out = staging.output(rows.shape, TORCH_DTYPES[form.reply_dtype])
     if form.rows_format:
         rows, scales = _fp8_rows(rows, scales)
     if logits is not None:

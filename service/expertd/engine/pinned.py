@@ -40,3 +40,8 @@ class PinnedPool:
             return self._idle[size].pop()
         except IndexError:
             return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
+
+
+def host_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory."""
+    return tensor.view(torch.uint8).numpy().data.cast("B")

@@ -1,5 +1,8 @@
 """A batch's way onto the device and back, through buffers that are used again.
 
+Each operation of torch gives Python's lock away, and many callers then stand in line for it before
+the executor: hence as few of them as a batch can do with.
+
 On the processor both ways are short and everything is done when it returns; staging_cuda has the
 ways of a card, which other batches' computing overlaps.
 """
@@ -28,6 +31,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "int64": torch.int64,
     "uint8": torch.uint8,
 }
+MOST_VIEWS = 64
+"""Sizes of batches whose views are kept."""
 LONG_COPY = 1 << 18
 """Bytes from which on a copy lets other threads run: giving the lock away and back costs too."""
 
@@ -44,11 +49,7 @@ class Mark(IntEnum):
 
 
 class StagingBuffer:
-    """One growing buffer of bytes for one field of the calls.
-
-    Every operation of torch costs a small call microseconds when its code is cold: hence the views
-    that are kept.
-    """
+    """One growing buffer of bytes for one field of the calls, and views of it."""
 
     def __init__(self) -> None:
         self._allocate(1 << 16)
@@ -69,18 +70,23 @@ class StagingBuffer:
         return self._view(tensors[0].dtype, rows, columns)
 
     def _view(self, dtype: str, rows: int, columns: int) -> Tensor:
-        """The buffer's beginning as [rows, columns]; the last view of each dtype is kept."""
-        view = self._views[dtype]
-        if view.shape != (rows, columns):
-            view = self._views[dtype] = view.as_strided((rows, columns), (columns, 1))
+        """The buffer's beginning as [rows, columns]."""
+        shape = (dtype, rows, columns)
+        view = self._views.get(shape)
+        if view is None:
+            if len(self._views) >= MOST_VIEWS:
+                self._views.clear()
+            whole = self._whole.view(TORCH_DTYPES[dtype])
+            view = self._views[shape] = whole.as_strided((rows, columns), (columns, 1))
         return view
 
     def _allocate(self, size: int) -> None:
         self._keep(torch.empty(size, dtype=torch.uint8))
 
     def _keep(self, host: Tensor) -> None:
+        self._whole = host
         self._memory = host.numpy().data
-        self._views = {name: host.view(dtype) for name, dtype in TORCH_DTYPES.items()}
+        self._views: dict[tuple[str, int, int], Tensor] = {}
 
 
 class Staging:
@@ -115,6 +121,17 @@ class Staging:
         """Every field is staged: what follows may read them."""
         self.mark(Mark.STAGED)
         self._moments[Mark.READY] = self._moments[Mark.STAGED]
+
+    def output(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Memory for the batch's result [T, H] on the device, of one owner."""
+        rows, columns = shape
+        array = np.empty((rows, columns * dtype.itemsize), np.uint8)
+        self._result = array.data.cast("B")
+        return torch.from_numpy(array).view(dtype)
+
+    def host_bytes(self, out_TH: Tensor) -> memoryview:
+        """The bytes of the batch's result, brought out."""
+        return self._result
 
     def count_nonfinite(self, out_TH: Tensor) -> int | Tensor:
         """How many rows hold NaN or infinity, known when the batch is out."""

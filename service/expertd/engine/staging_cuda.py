@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertd.engine.observer import BatchTimes
-from expertd.engine.pinned import PinnedPool
+from expertd.engine.pinned import PinnedPool, host_bytes
 from expertd.engine.staging import Mark, Staging, StagingBuffer
 from expertd.engine.ticket import Ticket
 
@@ -68,6 +68,12 @@ class CudaStaging(Staging):
         self.mark(Mark.STAGED)
         torch.cuda.current_stream(self._device).wait_event(self._events[Mark.STAGED])
         self.mark(Mark.READY)
+
+    def output(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    def host_bytes(self, out_TH: Tensor) -> memoryview:
+        return host_bytes(out_TH)
 
     def count_nonfinite(self, out_TH: Tensor) -> int | Tensor:
         return (~torch.isfinite(out_TH).all(dim=1)).sum()

@@ -36,7 +36,7 @@ class Ingress:
             raise self._too_large(str(size))
 
     def announced(self, text: str) -> int:
-        """The length that a caller says it will send; raises TooLarge, for what is no number too."""
+        """The length that a caller says it will send; raises TooLarge."""
         if not text[:20].isdecimal() or int(text[:20]) > self.max_message_bytes:
             raise self._too_large(text)
         return int(text)

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertd.engine.flight import host_bytes
-from expertd.engine.pinned import PinnedPool
+from expertd.engine.pinned import PinnedPool, host_bytes
 
 
 def test_memory_comes_back_with_the_last_view() -> None:
