@@ -15,7 +15,7 @@ from expertd.backends.rows import plain_rows, shares
 from expertd.weights.canonical import ExpertWeights
 from expertd.weights.dequant import first_to, second_to
 
-MOST_PAIRS = 4096
+MOST_PAIRS = 512
 """How many (row, expert) pairs are activated at once: it bounds the memory that they take."""
 
 
@@ -76,12 +76,12 @@ class TorchExperts(Backend):
     def _first(self, expert: int, rows_NH: Tensor) -> Tensor:
         local = expert - self.spec.expert_begin
         w13 = first_to(self.weights, local, rows_NH.dtype)
-        return functional.linear(rows_NH, w13, _bias(self.weights.bias13, local, rows_NH))
+        return functional.linear(rows_NH, w13, bias_of(self.weights.bias13, local, rows_NH))
 
     def _second(self, expert: int, inner_NI: Tensor) -> Tensor:
         local = expert - self.spec.expert_begin
         w2 = second_to(self.weights, local, inner_NI.dtype)
-        return functional.linear(inner_NI, w2, _bias(self.weights.bias2, local, inner_NI))
+        return functional.linear(inner_NI, w2, bias_of(self.weights.bias2, local, inner_NI))
 
 
 def _groups(experts: Sequence[int], counts: Sequence[int]) -> Iterator[dict[int, int]]:
@@ -96,5 +96,6 @@ def _groups(experts: Sequence[int], counts: Sequence[int]) -> Iterator[dict[int,
         yield group
 
 
-def _bias(bias_LN: Tensor | None, local: int, like: Tensor) -> Tensor | None:
+def bias_of(bias_LN: Tensor | None, local: int, like: Tensor) -> Tensor | None:
+    """One expert's bias in the dtype of the rows that it is added to."""
     return None if bias_LN is None else bias_LN[local].to(like.dtype)

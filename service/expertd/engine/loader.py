@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from expertd.backends.build import build
+from expertd.backends.grouped.weights import packed
 from expertd.capability.checks.fault import Fault
 from expertd.capability.device import DeviceInfo
 from expertd.capability.match import layer_refusals, refusal
@@ -135,6 +136,8 @@ class Loader:
                 )
             resident.digest = weights_digest(resident.weights, resident.bias)
             resident.checkpoint_digest = checkpoint_digest(checkpoint, resident.layer)
+            if self._device.arch == "cpu":  # all of its backends read packed weights too
+                resident.weights = packed(resident.weights)
             with self._apart():
                 self._build_backends(resident)
         except ExpertdError as error:

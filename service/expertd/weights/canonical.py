@@ -20,16 +20,33 @@ mxint4        uint8, two signed 4-bit      bfloat16 [L, M, H/32], [L, H, I/32]  
 All scales multiply. Blocks of fp8_block128 never straddle the up and the gate half: each half has
 ceil(I/128) scale rows of its own. input13 and input2 [L] float32 are the static activation scales
 of checkpoints that have them (multipliers of the quantised value, as ModelOpt's input_scale).
+
+A device's backends may all read the matrices in an order that one of them asks for (packed). Then
+w13 and w2 have their dtype and shape but no data (device meta), so that a reader of the canonical
+order fails; dequant.py reads both.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from expertd.core import QuantScheme
+
+
+class Packed(Protocol):
+    """Both matrices of every expert in an order that loses nothing and takes no more memory."""
+
+    def first(self, expert: int) -> Tensor:
+        """w13 [M, H] of one expert as it was stored, bit for bit, in memory of its own."""
+        ...
+
+    def second(self, expert: int) -> Tensor:
+        """w2 [H, I] of one expert, likewise."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -47,12 +64,13 @@ class ExpertWeights:
     input2: Tensor | None = None
     bias13: Tensor | None = None
     bias2: Tensor | None = None
+    packed: Packed | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is present, by its field."""
-        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "quant")
-        return {name: value for name, value in named if value is not None}
+        named = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in named if isinstance(value, Tensor)}
 
     @property
     def nbytes(self) -> int:
@@ -60,4 +78,5 @@ class ExpertWeights:
 
     @property
     def device(self) -> torch.device:
+        """Where the matrices are; meta when they are packed."""
         return self.w13.device

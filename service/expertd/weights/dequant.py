@@ -27,6 +27,8 @@ def dequantize_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> tu
 
 def first_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> Tensor:
     """w13 [M, H] of one expert in dtype; plain weights of that dtype come as a view."""
+    if weights.packed is not None:
+        return weights.packed.first(expert).to(dtype)
     if weights.w13.dtype == dtype:
         return weights.w13[expert]
     return torch.cat([dequantize_matrix(m).to(dtype) for m in first_matrices(weights, expert)])
@@ -34,6 +36,8 @@ def first_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> Tensor:
 
 def second_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> Tensor:
     """w2 [H, I] of one expert in dtype; plain weights of that dtype come as a view."""
+    if weights.packed is not None:
+        return weights.packed.second(expert).to(dtype)
     if weights.w2.dtype == dtype:
         return weights.w2[expert]
     return dequantize_matrix(second_matrix(weights, expert)).to(dtype)
