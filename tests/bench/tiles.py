@@ -29,7 +29,7 @@ from expertd.backends.base import Batch
 from expertd.backends.triton.backend import Triton, card_of
 from expertd.backends.triton.launch import Call
 from expertd.backends.triton.shared import need
-from expertd.backends.triton.tiles import Cut, Tile, an_expert, by_rule
+from expertd.backends.triton.tiles import Cut, Tile, an_expert, by_rule, in_loop
 from expertd.capability.rows.triton import ROWS
 from expertd.proof.run import relative_error
 from expertd.weights.canonical import ExpertWeights
@@ -59,13 +59,12 @@ def heights(pairs: int, held: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Kind:
-    """What of a GEMM decides which tiles may pay; loose: blocks of one pair."""
+    """What of a GEMM decides which tiles may pay."""
 
     fp8: bool
     packed: bool
     blocks: bool
     halves: int
-    loose: bool
 
 
 def candidates(m: int, kind: Kind) -> Iterator[Tile]:
@@ -84,7 +83,7 @@ def candidates(m: int, kind: Kind) -> Iterator[Tile]:
 def widths(m: int, kind: Kind) -> tuple[int, ...]:
     """Columns; a block of scales bounds them, and its rows' new scales fix them."""
     if kind.blocks:
-        return (32, 64, 128) if kind.loose else (128,) if kind.halves == 2 else (64, 128)
+        return (128,) if kind.halves == 2 else (64, 128)
     # Sums of two halves are twice as wide.
     high = (64, 128) if kind.packed or kind.halves == 2 else (128, 256)
     return (32, 64, 128) if m <= 32 else high
@@ -126,13 +125,17 @@ class Search:
         matrix = native.second if second else native.first
         blocks = matrix.kind == "groups" or matrix.format.group == 128
         halves = 2 if self.shape.spec.activation.gated and not second else 1
-        kind = Kind(matrix.fp8, matrix.format.packed == 2, blocks, halves, loose)
-        card = card_of(DEVICE)
+        kind = Kind(matrix.fp8, matrix.format.packed == 2, blocks, halves)
+        card, late = card_of(DEVICE), in_loop(loose, native.first)
         return [
             tile
             for tile in candidates(m, kind)
-            if need(tile, matrix, halves, loose, card) <= card.shared
+            if need(tile, matrix, halves, late, card) <= card.shared
         ]
+
+    def cut(self, loose: bool, tile: Tile) -> Cut:
+        """The tile for both GEMMs; loose: blocks of one pair."""
+        return Cut(not loose, in_loop(loose, self.backend._native.first), tile, tile)
 
     def call(self, batch: Batch, cut: Cut, second: bool) -> Call:
         assert batch.ids is not None
@@ -158,11 +161,6 @@ def by_time(found: Found) -> float:
     return found.us
 
 
-def with_tile(tokens: int, tile: Tile) -> Cut:
-    loose = tokens == 1
-    return Cut(not loose, loose, tile, tile)
-
-
 def compile_all(shapes: Sequence[str], jobs: int, tokens: Sequence[int]) -> None:
     """Every kernel of the search, compiled into Triton's cache by processes side by side."""
     context = multiprocessing.get_context("spawn")
@@ -179,7 +177,7 @@ def _compile_part(name: str, tokens: tuple[int, ...], part: int, parts: int) -> 
     jobs = sorted(set(_kernels(shape, search, tokens)), key=str)
     for _, loose, second, tile in jobs[part::parts]:
         batch = random_batches(few, 1 if loose else 64, 1, DEVICE)[0]
-        call = search.call(batch, with_tile(1 if loose else 64, tile), second)
+        call = search.call(batch, search.cut(loose, tile), second)
         try:
             call.compile()
         except Exception as error:  # a tile that this card cannot run is no candidate
@@ -214,7 +212,7 @@ def search(shape: Shape, tokens: Sequence[int], seconds: float) -> Iterator[dict
         batches = random_batches(shape, count, 8 if count < 256 else 2, DEVICE)
         tiles = [_best(found, batches, second, seconds) for second in (False, True)]
         print(shape.name, count, [astuple(tile) for tile in tiles], flush=True)
-        cut = replace(with_tile(count, tiles[0]), second=tiles[1])
+        cut = replace(found.cut(count == 1, tiles[0]), second=tiles[1])
         yield {
             "work": asdict(found.backend._work),
             "pairs": count * shape.top_k,
@@ -240,7 +238,7 @@ def _fastest(
 ) -> Found:
     found = []
     for tile in search.tiles(m, second, len(batches[0].rows) == 1):
-        calls = [search.call(b, with_tile(len(b.rows), tile), second) for b in batches]
+        calls = [search.call(b, search.cut(len(b.rows) == 1, tile), second) for b in batches]
         found.append(Found(tile, timed(calls, seconds)))
     near = sorted(found, key=by_time)[:4]
     print("   ", second, [(astuple(one.tile), round(one.us, 1)) for one in near], flush=True)
@@ -252,7 +250,7 @@ def _fastest(
     grouped = []
     for together in (1, 2, 4, 8, 16):
         tile = replace(best.tile, together=together)
-        calls = [search.call(b, with_tile(len(b.rows), tile), second) for b in batches]
+        calls = [search.call(b, search.cut(len(b.rows) == 1, tile), second) for b in batches]
         grouped.append(Found(tile, timed(calls, seconds)))
     return min(grouped, key=by_time)
 

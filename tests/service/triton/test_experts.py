@@ -17,7 +17,10 @@ from expertd.core import QuantScheme
 
 
 @pytest.mark.parametrize(("experts", "first", "held"), [(9, 0, 9), (9, 3, 4), (64, 1, 1)])
-@pytest.mark.parametrize(("tokens", "top_k", "size"), [(1, 3, 16), (50, 8, 16), (130, 9, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "size"),
+    [(1, 3, 16), (50, 8, 16), (130, 9, 64), (400, 9, 32), (4000, 9, 64)],
+)
 def test_pairs_are_sorted_into_blocks(
     experts: int, first: int, held: int, tokens: int, top_k: int, size: int, seed: int
 ) -> None:

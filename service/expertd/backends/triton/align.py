@@ -18,6 +18,9 @@ from torch import Tensor
 from expertd.backends.triton.chain import chained, follow
 
 FEW, CHUNK = 256, 1024
+ALONE = 2 * CHUNK
+"""Up to so many pairs, one program is faster than three launches."""
+TURN = tl.constexpr(32)
 ALIGNED = 64
 
 Heights = tuple[int, int]
@@ -48,8 +51,13 @@ def most_blocks(pairs: int, held: int, size: int) -> int:
 
 
 def scratch_ints(pairs: int, held: int, heights: Heights) -> list[int]:
-    """Elements of order, ends, the sort's own counts and ranks, and for each GEMM expert, start."""
-    lengths = [pairs, held + 1, triton.next_power_of_2(held + 1), pairs]
+    """Elements of order, ends, experts' counts, pairs' ranks, and for each GEMM expert, start.
+
+    Where many programs share the work, chunks' counts take the place of ranks.
+    """
+    experts = triton.next_power_of_2(held + 1)
+    ranks = triton.cdiv(pairs, CHUNK) * experts if pairs > ALONE else pairs
+    lengths = [pairs, held + 1, experts, ranks]
     for height in heights:
         lengths += [most_blocks(pairs, held, height)] * 2
     return [-(-length // ALIGNED) * ALIGNED for length in lengths]
@@ -66,31 +74,36 @@ def align(
     sizes = scratch_ints(pairs, held, heights)
     order, ends, counts, ranks, *lists = torch.split(scratch[: sum(sizes)], sizes)
     most = [most_blocks(pairs, held, height) for height in heights]
-    many = pairs > FEW
-    _align[(1,)](
-        ids_TK,
-        order,
-        ends,
-        counts,
-        ranks,
-        *lists,
-        pairs,
-        held,
-        first,
-        *most,
-        *heights,
-        EXPERTS=triton.next_power_of_2(held + 1),
-        CHUNK=CHUNK if many else FEW,
-        num_warps=32 if many else 8,
-        **chained(ids_TK.device),
-    )
+    where = (pairs, held, first)
+    blocks = (ends, *lists, *most, *heights)
+    experts = triton.next_power_of_2(held + 1)
+    if pairs > ALONE:
+        shared = {"EXPERTS": experts, "CHUNK": CHUNK} | chained(ids_TK.device)
+        chunks = triton.cdiv(pairs, CHUNK)
+        _count[(chunks,)](ids_TK, ranks, *where, **shared)
+        _cut_counted[(1,)](ranks, counts, chunks, held, *blocks, num_warps=16, **shared)
+        _place[(chunks,)](ids_TK, order, counts, *where, **shared)
+    else:
+        _align[(1,)](
+            ids_TK,
+            order,
+            counts,
+            ranks,
+            *where,
+            *blocks,
+            EXPERTS=experts,
+            CHUNK=CHUNK if pairs > FEW else FEW,
+            num_warps=32 if pairs > FEW else 8,
+            **chained(ids_TK.device),
+        )
     return (
         Blocks(ids_TK, first, most[0], order, ends, lists[0], lists[1]),
         Blocks(ids_TK, first, most[1], order, ends, lists[2], lists[3]),
     )
 
 
-NUMBERS = ["pairs", "held", "first", "most", "second_most", "size", "second_size"]
+NUMBERS = ["pairs", "held", "first", "chunks", "most", "second_most", "size"]
+NUMBERS += ["second_size"]
 """They change from call to call, and must not compile anything."""
 
 
@@ -98,16 +111,16 @@ NUMBERS = ["pairs", "held", "first", "most", "second_most", "size", "second_size
 def _align(
     ids_ptr,
     order_ptr,
-    ends_ptr,
     counts_ptr,
     ranks_ptr,
+    pairs,
+    held,
+    first,
+    ends_ptr,
     expert_ptr,
     start_ptr,
     second_expert_ptr,
     second_start_ptr,
-    pairs,
-    held,
-    first,
     most,
     second_most,
     size,
@@ -116,8 +129,8 @@ def _align(
     CHUNK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """One program. A pair's place among its expert's may differ from run to run: its numbers do not
-    depend on it, every pair being a row of its own until the sum over slots."""
+    """One program does it all. A pair's place among its expert's may differ from run to run: its
+    numbers do not depend on it, every pair being a row of its own until the sum over slots."""
     follow(CHAINED)
     lane = tl.arange(0, EXPERTS)
     tl.store(counts_ptr + lane, tl.zeros((EXPERTS,), dtype=tl.int32))
@@ -139,6 +152,66 @@ def _align(
         place = tl.load(ends_ptr + expert, mask=mine, other=0)
         place += tl.load(ranks_ptr + pair, mask=mine, other=0)
         tl.store(order_ptr + place, pair, mask=mine)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _count(
+    ids_ptr, counts_ptr, pairs, held, first,
+    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """How many of a chunk's pairs each expert has; behind the last, those of no expert here."""
+    follow(CHAINED)
+    chunk = tl.program_id(0)
+    _, expert, mine = _pairs(ids_ptr, chunk * CHUNK, pairs, held, first, CHUNK)
+    count = tl.histogram(tl.where(mine, expert, held), EXPERTS)
+    tl.store(counts_ptr + chunk * EXPERTS + tl.arange(0, EXPERTS), count)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _cut_counted(
+    counts_ptr,
+    next_ptr,
+    chunks,
+    held,
+    ends_ptr,
+    expert_ptr,
+    start_ptr,
+    second_expert_ptr,
+    second_start_ptr,
+    most,
+    second_most,
+    size,
+    second_size,
+    EXPERTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    """One program: all chunks' counts → experts' pairs and blocks, and where the first pairs go."""
+    follow(CHAINED)
+    lane = tl.arange(0, EXPERTS)
+    count = tl.zeros((EXPERTS,), dtype=tl.int32)
+    for begin in range(0, chunks, TURN):
+        chunk = begin + tl.arange(0, TURN)
+        place = counts_ptr + chunk[:, None] * EXPERTS + lane[None, :]
+        count += tl.sum(tl.load(place, mask=(chunk < chunks)[:, None], other=0), 0)
+    count = tl.where(lane < held, count, 0)
+    begin = tl.cumsum(count, 0) - count
+    tl.store(ends_ptr + lane, begin, mask=lane <= held)
+    tl.store(next_ptr + lane, begin)
+    _cut(expert_ptr, start_ptr, lane, begin, count, most, size, CHUNK)
+    _cut(second_expert_ptr, second_start_ptr, lane, begin, count, second_most, second_size, CHUNK)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _place(
+    ids_ptr, order_ptr, next_ptr, pairs, held, first,
+    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """A chunk's pairs, each to the next place of its expert."""
+    follow(CHAINED)
+    pair, expert, mine = _pairs(ids_ptr, tl.program_id(0) * CHUNK, pairs, held, first, CHUNK)
+    place = tl.atomic_add(next_ptr + expert, 1, mask=mine, sem="relaxed")
+    tl.store(order_ptr + place, pair, mask=mine)
 
 
 @triton.jit

@@ -78,7 +78,7 @@ class Triton(Backend):
         assert batch.ids is not None and batch.weights is not None
         sites = self._sites(batch.ids, batch.weights, cut, memory)
         matrix, second = self._native.first, self._native.second
-        rows = prepared(batch, matrix, _of(memory, "rows"), cut.in_loop)
+        rows = prepared(batch, matrix, _of(memory, "rows"), cut.in_loop, cut.sorted)
         inner = self._inner(cut, memory)
         late = second.kind == "rows"
         made = Rows(memory["plain"]) if late else inner
@@ -101,7 +101,7 @@ class Triton(Backend):
         assert inner.scale is not None
         held = self.spec.held
         count = ends_of(memory["blocks"], memory["plain"].shape[0])[held:] if cut.sorted else None
-        quantize_rows(memory["plain"], inner.values, inner.scale, count)
+        quantize_rows(memory["plain"], inner.values, inner.scale, count=count)
 
     def _inner(self, cut: Cut, memory: Memory) -> Rows:
         """Where the second GEMM's input lies."""

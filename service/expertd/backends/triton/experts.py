@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from expertd.backends.triton.activation import activate
-from expertd.backends.triton.chain import follow
+from expertd.backends.triton.chain import follow, wait
 from expertd.backends.triton.dot import rounded, upright
 from expertd.backends.triton.loop import accumulate
 from expertd.backends.triton.quantize import quantized, through_mxfp8, to_e4m3
@@ -38,7 +38,8 @@ def first_gemm(
     an expert), "groups" (e4m3, a scale for 128 columns) or "mxfp8" (rounded to what mxfp8 holds).
     A block of at most SHORT rows is computed as one of that height: an expert's last ones are.
     """
-    follow(CHAINED)
+    # The second GEMM's programs would crowd where these leave room: they come when these are done.
+    wait(CHAINED)
     block, tile = _place(most, (inner + N - 1) // N, together)
     expert, begin, count = _block(
         block, ids_ptr, ends_ptr, expert_ptr, start_ptr, first_expert, held, SORTED, M

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertd.backends.triton.chain import chained, follow
+from expertd.backends.triton.chain import chained, follow, release, wait
 from expertd.backends.triton.dot import rounded, widened
 
 WIDE = 1024
@@ -62,12 +62,16 @@ def _quantize(
     COUNTED: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
+    BESIDE: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """One row's GROUPS x GROUP columns. FORM: "scaled", each group by its own largest; "fixed", all
     by the one scale in scale_ptr; "mxfp8", rounded to what it can hold. COUNTED: only so many rows
-    as count_ptr says are there."""
-    follow(CHAINED)
+    as count_ptr says are there. BESIDE: at the same time as the kernel before, whatever that is."""
+    if BESIDE:
+        release(CHAINED)
+    else:
+        follow(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     if COUNTED and row >= tl.load(count_ptr):
         return
@@ -83,30 +87,40 @@ def _quantize(
         codes, scale = quantized(values)
         tl.store(scale_ptr + row * groups + group, scale, mask=group < groups)
     tl.store(codes_ptr + row * width + column, codes, mask=there)
+    if BESIDE:
+        wait(CHAINED)
 
 
-def quantize_groups(rows: Tensor, codes: Tensor, scale: Tensor) -> None:
+def quantize_groups(rows: Tensor, codes: Tensor, scale: Tensor, beside: bool = False) -> None:
     """rows [R, K] → codes [R, K] e4m3 and scale [R, K / 128, rounded up]."""
-    _launch(rows, codes, scale, "scaled", group=128)
+    _launch(rows, codes, scale, "scaled", 128, beside)
 
 
-def quantize_rows(rows: Tensor, codes: Tensor, scale: Tensor, count: Tensor | None = None) -> None:
+def quantize_rows(
+    rows: Tensor, codes: Tensor, scale: Tensor, beside: bool = False, count: Tensor | None = None
+) -> None:
     """rows [R, K] → codes [R, K] e4m3 and scale [R, 1]; count [1]: how many rows there are."""
-    _launch(rows, codes, scale, "scaled", triton.next_power_of_2(rows.shape[1]), count)
+    _launch(rows, codes, scale, "scaled", triton.next_power_of_2(rows.shape[1]), beside, count)
 
 
-def quantize_fixed(rows: Tensor, codes: Tensor, scale: Tensor) -> None:
+def quantize_fixed(rows: Tensor, codes: Tensor, scale: Tensor, beside: bool = False) -> None:
     """rows [R, K] → codes [R, K] e4m3, all divided by scale []."""
-    _launch(rows, codes, scale, "fixed", group=WIDE)
+    _launch(rows, codes, scale, "fixed", WIDE, beside)
 
 
-def round_mxfp8(rows: Tensor, out: Tensor) -> None:
+def round_mxfp8(rows: Tensor, out: Tensor, beside: bool = False) -> None:
     """rows [R, K] → out [R, K], rounded to mxfp8's values."""
-    _launch(rows, out, rows, "mxfp8", group=32)
+    _launch(rows, out, rows, "mxfp8", 32, beside)
 
 
 def _launch(
-    rows: Tensor, codes: Tensor, scale: Tensor, form: str, group: int, count: Tensor | None = None
+    rows: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    form: str,
+    group: int,
+    beside: bool,
+    count: Tensor | None = None,
 ) -> None:
     """A program for each row's WIDE columns, or for each group that is wider."""
     width, columns = rows.shape[1], max(WIDE, group)
@@ -121,6 +135,7 @@ def _launch(
         COUNTED=count is not None,
         GROUP=group,
         GROUPS=columns // group,
+        BESIDE=beside,
         num_warps=8 if columns > WIDE else 4,
         **chained(rows.device),
     )

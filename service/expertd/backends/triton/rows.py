@@ -40,14 +40,17 @@ def used_as_they_are(matrix: Matrix, in_loop: bool) -> bool:
     return (in_loop and (plain or matrix.kind == "groups")) or (plain and matrix.format.packed == 1)
 
 
-def prepared(batch: Batch, matrix: Matrix, buffers: Buffers, in_loop: bool) -> Rows:
-    """The rows for a matrix: as they are where they can be, else in buffers."""
+def prepared(batch: Batch, matrix: Matrix, buffers: Buffers, in_loop: bool, beside: bool) -> Rows:
+    """The rows for a matrix: as they are where they can be, else in buffers.
+
+    beside: a kernel of this call was launched before, and needs none of these rows.
+    """
     rows = batch.rows.contiguous()
     if batch.row_scales is not None:
         return _given(batch, matrix)
     if used_as_they_are(matrix, in_loop):
         return Rows(rows, plain=matrix.kind == "groups")
-    return PREPARE[matrix.kind](rows, matrix, buffers)
+    return PREPARE[matrix.kind](rows, matrix, buffers, beside)
 
 
 def _given(batch: Batch, matrix: Matrix) -> Rows:
@@ -58,7 +61,7 @@ def _given(batch: Batch, matrix: Matrix) -> Rows:
     return Rows(plain_rows(batch, torch.bfloat16))
 
 
-def _split(rows: Tensor, matrix: Matrix, buffers: Buffers) -> Rows:
+def _split(rows: Tensor, matrix: Matrix, buffers: Buffers, beside: bool) -> Rows:
     """Packed weights are two matrices, of the even and of the odd columns: so are their rows."""
     tokens, width = rows.shape
     codes = buffers["codes"]
@@ -66,28 +69,28 @@ def _split(rows: Tensor, matrix: Matrix, buffers: Buffers) -> Rows:
     return Rows(codes, split=True)
 
 
-def _fixed(rows: Tensor, matrix: Matrix, buffers: Buffers) -> Rows:
+def _fixed(rows: Tensor, matrix: Matrix, buffers: Buffers, beside: bool) -> Rows:
     assert matrix.rows_scale is not None
-    quantize_fixed(rows, buffers["codes"], matrix.rows_scale)
+    quantize_fixed(rows, buffers["codes"], matrix.rows_scale, beside)
     return Rows(buffers["codes"])
 
 
-def _rows(rows: Tensor, matrix: Matrix, buffers: Buffers) -> Rows:
-    quantize_rows(rows, buffers["codes"], buffers["scale"])
+def _rows(rows: Tensor, matrix: Matrix, buffers: Buffers, beside: bool) -> Rows:
+    quantize_rows(rows, buffers["codes"], buffers["scale"], beside)
     return Rows(buffers["codes"], buffers["scale"])
 
 
-def _groups(rows: Tensor, matrix: Matrix, buffers: Buffers) -> Rows:
-    quantize_groups(rows, buffers["codes"], buffers["scale"])
+def _groups(rows: Tensor, matrix: Matrix, buffers: Buffers, beside: bool) -> Rows:
+    quantize_groups(rows, buffers["codes"], buffers["scale"], beside)
     return Rows(buffers["codes"], buffers["scale"])
 
 
-def _mxfp8(rows: Tensor, matrix: Matrix, buffers: Buffers) -> Rows:
-    round_mxfp8(rows, buffers["codes"])
+def _mxfp8(rows: Tensor, matrix: Matrix, buffers: Buffers, beside: bool) -> Rows:
+    round_mxfp8(rows, buffers["codes"], beside)
     return Rows(buffers["codes"])
 
 
-PREPARE: dict[Kind, Callable[[Tensor, Matrix, Buffers], Rows]] = {
+PREPARE: dict[Kind, Callable[[Tensor, Matrix, Buffers, bool], Rows]] = {
     "plain": _split,
     "fixed": _fixed,
     "rows": _rows,

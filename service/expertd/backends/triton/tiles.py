@@ -129,7 +129,12 @@ def by_rule(pairs: int, held: int, first: Matrix, second: Matrix, tokens: int) -
     highest = 64 if first.format.group == 128 and not first.fp8 else 128
     m = next((size for size in (16, 32, 64) if each <= 0.75 * size), highest)
     loose = tokens == 1
-    return Cut(not loose, loose, _by_rule(first, m), _by_rule(second, m))
+    return Cut(not loose, in_loop(loose, first), _by_rule(first, m), _by_rule(second, m))
+
+
+def in_loop(loose: bool, first: Matrix) -> bool:
+    """Whether rows get their form inside the GEMMs: splitting them is cheap, and saves a kernel."""
+    return loose and first.kind != "groups"
 
 
 def _by_rule(matrix: Matrix, m: int) -> Tile:
