@@ -9,8 +9,9 @@ import triton.language as tl
 
 from expertd.backends.triton.dot import INTERPRETED, e4m3, rounded
 
-# $4: four bytes; $5: their scale, in both halves of a word ($6, $7 and $8 are copies of it);
-# $0, $1: the scaled values of the low nibbles; $2, $3: of the high ones.
+# $4: four bytes; $5, $7: the scale of the first two and of the last two, in both halves of a word
+# ($6 and $8 are copies: neighbours in a register have one scale, but a thread's next two bytes may
+# be of another row); $0, $1: the scaled values of the low nibbles; $2, $3: of the high ones.
 _CONSTANTS = """
         .reg .b32 t, a, s, z, o, m;
         mov.b32 z, 0x80008000;
@@ -24,12 +25,12 @@ _E2M1_HALF = """
         prmt.b32 t, $4, 0, {select};
         shr.u32 a, t, 6;
         and.b32 a, a, 0x01C001C0;
-        lop3.b32 s, t, z, $5, 0xEA;
+        lop3.b32 s, t, z, ${scale}, 0xEA;
         fma.rn.bf16x2 ${high}, a, s, z;
         shr.u32 a, t, 2;
         and.b32 a, a, 0x01C001C0;
         shl.b32 s, t, 4;
-        lop3.b32 s, s, z, $5, 0xEA;
+        lop3.b32 s, s, z, ${scale}, 0xEA;
         fma.rn.bf16x2 ${low}, a, s, z;
 """
 # Two bytes become the lower halves. A nibble with its sign bit flipped, put into the mantissa of
@@ -38,11 +39,11 @@ _INT4_HALF = """
         prmt.b32 t, $4, 0, {select};
         lop3.b32 a, t, 0x000F000F, 0x43084308, 0x6A;
         fma.rn.bf16x2 a, a, o, m;
-        fma.rn.bf16x2 ${low}, a, $5, z;
+        fma.rn.bf16x2 ${low}, a, ${scale}, z;
         shr.u32 t, t, 4;
         lop3.b32 a, t, 0x000F000F, 0x43084308, 0x6A;
         fma.rn.bf16x2 a, a, o, m;
-        fma.rn.bf16x2 ${high}, a, $5, z;
+        fma.rn.bf16x2 ${high}, a, ${scale}, z;
 """
 
 
@@ -53,7 +54,10 @@ the loop has its inverse (weights.py)."""
 
 
 def _asm(half: str, *selects: str) -> str:
-    halves = (half.format(select=select, low=n, high=n + 2) for n, select in enumerate(selects))
+    halves = (
+        half.format(select=select, low=n, high=n + 2, scale=5 + 2 * n)
+        for n, select in enumerate(selects)
+    )
     return "{" + _CONSTANTS + "".join(halves) + "}"
 
 

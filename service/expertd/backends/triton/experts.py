@@ -10,7 +10,7 @@ import triton.language as tl
 from expertd.backends.triton.activation import activate
 from expertd.backends.triton.chain import follow, wait
 from expertd.backends.triton.dot import rounded, upright
-from expertd.backends.triton.loop import accumulate
+from expertd.backends.triton.loop import accumulate, scales_of_row
 from expertd.backends.triton.quantize import quantized, through_mxfp8, to_e4m3
 
 ANY = ["first_expert", "held", "top_k", "most", "together"]
@@ -85,10 +85,10 @@ def _first_tile(
     column = tile * N + tl.arange(0, N)
     inside = column < inner
     n = tl.where(inside, column, inner - 1)
-    scales = _scales_of_half(inner, width, GROUP)
+    scales = _scales_of_half(scale_ptr, inner, width, GROUP)
     token = (pair // top_k).to(tl.int64)
     up, gate = accumulate(
-        rows_ptr, row_scale_ptr, token, 0,
+        rows_ptr, row_scale_ptr, token, there, 0,
         weight_ptr, scale_ptr + expert * HALVES * scales,
         expert * HALVES * inner, n, tile * N, inner, scales, width,
         HALVES, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED, False,
@@ -173,8 +173,8 @@ def _second_tile(
     inside = column < hidden
     n = tl.where(inside, column, hidden - 1)
     total, _ = accumulate(
-        inner_ptr, inner_scale_ptr, row, begin,
-        weight_ptr, scale_ptr + expert * _scales_of_half(hidden, width, GROUP),
+        inner_ptr, inner_scale_ptr, row, there, begin,
+        weight_ptr, scale_ptr + expert * _scales_of_half(scale_ptr, hidden, width, GROUP),
         expert * hidden, n, tile * N, 0, 0, width,
         1, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED, ROW_MAP,
     )  # fmt: skip
@@ -235,12 +235,12 @@ def _members(begin, count, order_ptr, SORTED: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _scales_of_half(rows, width, GROUP: tl.constexpr):
+def _scales_of_half(ptr, rows, width, GROUP: tl.constexpr):
     """How many scales of the loop a half of so many rows has."""
     if GROUP == 128:
         count = ((rows + 127) // 128) * ((width + 127) // 128)
     elif GROUP > 0:
-        count = rows * (width // GROUP)
+        count = rows * scales_of_row(ptr, width, GROUP)
     else:
         count = 0
     return count

@@ -28,6 +28,7 @@ def accumulate(
     rows_ptr,
     row_scale_ptr,
     row,
+    there,
     row_begin,
     weight_ptr,
     scale_ptr,
@@ -56,65 +57,72 @@ def accumulate(
 
     top is the expert's first row among all experts', scale_ptr is the expert's own; half_rows and
     half_scales are how far the second half is from the first. row and n are in bounds everywhere;
-    row_begin and begin are the first of them. EVEN: K divides width.
+    row_begin and begin are the first of them; rows that are not there need not be read. EVEN: K
+    divides width.
     """
     first = nothing(M, N, SWAPPED)
     second = nothing(M, N, SWAPPED)
-    # Scales are read a step ahead: Triton overlaps the loads of what is multiplied only.
-    scale = _scales(scale_ptr, n, begin, 0, width, GROUP, SCALE, K, EVEN)
-    other_scale = scale
-    if HALVES == 2:
-        other_scale = _scales(
-            scale_ptr + half_scales, n, begin, 0, width, GROUP, SCALE, K, EVEN
-        )  # fmt: skip
+    # Read a step ahead: Triton overlaps loads of 4 bytes and more, of what is multiplied, only.
+    block = _block_scale(scale_ptr, begin, 0, width, GROUP)
+    other_block = _block_scale(scale_ptr + half_scales, begin, 0, width, GROUP)
     row_scale = _row_scale(row_scale_ptr, row, 0, width, ROWS)
     for k in range(0, width, K):
         ahead = tl.where(k + K < width, k + K, 0)
-        next_scale = _scales(scale_ptr, n, begin, ahead, width, GROUP, SCALE, K, EVEN)
-        next_other = next_scale
-        if HALVES == 2:
-            next_other = _scales(
-                scale_ptr + half_scales, n, begin, ahead, width, GROUP, SCALE, K, EVEN
-            )  # fmt: skip
+        next_block = _block_scale(scale_ptr, begin, ahead, width, GROUP)
+        next_other = _block_scale(scale_ptr + half_scales, begin, ahead, width, GROUP)
         next_row = _row_scale(row_scale_ptr, row, ahead, width, ROWS)
-        if FORMAT == "e2m1" or FORMAT == "int4":
-            even, odd = _row_pairs(
-                rows_ptr, row, row_begin, k, width, SPLIT, COMPUTE, K, EVEN, ROW_MAP
-            )  # fmt: skip
-        else:
-            if ROW_MAP:
-                even = rows_ptr.load([row_begin, k])
-            else:
-                even = _tile(rows_ptr, row, k, width, K, EVEN)
-            if ROWS == "to_groups":
-                even, row_scale = quantized(even.to(tl.float32))
-            else:
-                even = rounded(even, COMPUTE)
-            odd = even
+        even, odd, row_scale = _step_rows(
+            rows_ptr, row_scale, row, there, row_begin, k, width,
+            FORMAT, ROWS, SPLIT, COMPUTE, K, EVEN, ROW_MAP,
+        )  # fmt: skip
         first = _add(
-            first, even, odd, row_scale, weight_ptr, scale, top, n, begin, k, width,
+            first, even, odd, row_scale, weight_ptr, scale_ptr, block, top, n, begin, k, width,
             FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED,
         )  # fmt: skip
         if HALVES == 2:
             second = _add(
-                second, even, odd, row_scale,
-                weight_ptr, other_scale, top + half_rows, n, begin, k, width,
+                second, even, odd, row_scale, weight_ptr, scale_ptr + half_scales, other_block,
+                top + half_rows, n, begin, k, width,
                 FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED,
             )  # fmt: skip
-        scale, other_scale, row_scale = next_scale, next_other, next_row
+        block, other_block, row_scale = next_block, next_other, next_row
     return first, second
 
 
 @triton.jit
+def _step_rows(
+    rows_ptr, row_scale, row, there, row_begin, k, width,
+    FORMAT: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
+    K: tl.constexpr, EVEN: tl.constexpr, ROW_MAP: tl.constexpr,
+):  # fmt: skip
+    """A step's rows, their even and odd columns where weights come in such pairs, their scales."""
+    if FORMAT == "e2m1" or FORMAT == "int4":
+        even, odd = _row_pairs(
+            rows_ptr, row, there, row_begin, k, width, SPLIT, COMPUTE, K, EVEN, ROW_MAP
+        )  # fmt: skip
+    else:
+        place = [row_begin, k]
+        even = rows_ptr.load(place) if ROW_MAP else _tile(rows_ptr, row, k, width, K, EVEN)
+        if ROWS == "to_groups":
+            even, row_scale = quantized(even.to(tl.float32))
+        else:
+            even = rounded(even, COMPUTE)
+        odd = even
+    return even, odd, row_scale
+
+
+@triton.jit
 def _add(
-    total, even, odd, row_scale, weight_ptr, scale, top, n, begin, k, width,
+    total, even, odd, row_scale, weight_ptr, scale_ptr, block, top, n, begin, k, width,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, SWAPPED: tl.constexpr,
     MAPPED: tl.constexpr,
 ):  # fmt: skip
     """total + one K step of one half."""
     if FORMAT == "e2m1" or FORMAT == "int4":
-        codes = _weights(weight_ptr, top, n, begin, k // 2, width // 2, K // 2, EVEN, MAPPED)
+        bytes_of_row = width // GROUP * (GROUP // 2)  # a multiple of 16 where GROUP is 32
+        codes = _weights(weight_ptr, top, n, begin, k // 2, bytes_of_row, K // 2, EVEN, MAPPED)
+        scale = _group_scales(scale_ptr, n, k, width, GROUP, K)
         low, high = decode_pair(codes, scale, FORMAT, SCALE, COMPUTE)
         total = multiply(even, low, total, SWAPPED)
         total = multiply(odd, high, total, SWAPPED)
@@ -124,9 +132,10 @@ def _add(
         if GROUP == 128:
             tl.static_assert(K == 128 and N <= 128, "a tile is one block wide and at most one high")
             part = multiply(even, rounded(values, COMPUTE), nothing(M, N, SWAPPED), SWAPPED)
-            total += scaled(part, row_scale, scale, SWAPPED)
+            total += scaled(part, row_scale, block, SWAPPED)
         else:
             if GROUP == 32:
+                scale = _group_scales(scale_ptr, n, k, width, GROUP, K)
                 values = times_groups(values, decode_scale(scale, SCALE))
             total = multiply(even, rounded(values, COMPUTE), total, SWAPPED)
     return total
@@ -147,18 +156,27 @@ def _weights(
 
 
 @triton.jit
-def _scales(
-    ptr, n, begin, k, width,
-    GROUP: tl.constexpr, SCALE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """A step's weight scales as stored: one for a block of 128, [N, K / GROUP] for groups."""
-    if GROUP == 128:
-        scale = tl.load(ptr + begin // 128 * ((width + 127) // 128) + k // 128)
-    elif GROUP > 0:
-        scale = _tile(ptr, n, k // GROUP, width // GROUP, K // GROUP, EVEN)
-    else:
-        scale = 1.0
-    return scale
+def _block_scale(ptr, begin, k, width, GROUP: tl.constexpr):
+    """A step's weight scale, where a block of 128 x 128 shares one."""
+    place = begin // 128 * ((width + 127) // 128) + k // 128
+    return tl.load(ptr + place) if GROUP == 128 else 1.0
+
+
+@triton.jit
+def _group_scales(ptr, n, k, width, GROUP: tl.constexpr, K: tl.constexpr):
+    """A step's weight scales [N, K / GROUP] as stored; those beyond width are of no matter."""
+    PAD: tl.constexpr = 16 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    tl.static_assert(K // GROUP <= PAD, "a step may end beyond the row, but within its padding")
+    column = k // GROUP + tl.arange(0, K // GROUP)
+    start = ptr + n.to(tl.int64)[:, None] * scales_of_row(ptr, width, GROUP)
+    return tl.load(start + column[None, :])
+
+
+@triton.jit
+def scales_of_row(ptr, width, GROUP: tl.constexpr):
+    """How far rows of group scales are apart: 16 bytes are the unit (weights.py pads them)."""
+    PAD: tl.constexpr = 16 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    return (width // GROUP + PAD - 1) // PAD * PAD
 
 
 @triton.jit
@@ -183,7 +201,7 @@ def _tile(ptr, row, k, width, K: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _row_pairs(
-    ptr, row, row_begin, k, width,
+    ptr, row, there, row_begin, k, width,
     SPLIT: tl.constexpr, COMPUTE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
     ROW_MAP: tl.constexpr,
 ):  # fmt: skip
@@ -192,13 +210,13 @@ def _row_pairs(
         low = ptr.load([row_begin, k // 2])
         high = ptr.load([row_begin, width // 2 + k // 2])
     else:
-        low, high = _row_pair_tiles(ptr, row, k, width, SPLIT, K, EVEN)
+        low, high = _row_pair_tiles(ptr, row, there, k, width, SPLIT, K, EVEN)
     return rounded(low, COMPUTE), rounded(high, COMPUTE)
 
 
 @triton.jit
 def _row_pair_tiles(
-    ptr, row, k, width, SPLIT: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr
+    ptr, row, there, k, width, SPLIT: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
     half = k // 2 + tl.arange(0, K // 2)
     start = ptr + row.to(tl.int64)[:, None] * width
@@ -208,9 +226,7 @@ def _row_pair_tiles(
     else:
         even = start + 2 * half[None, :]
         odd = even + 1
-    if EVEN:
-        low, high = tl.load(even), tl.load(odd)
-    else:
-        there = (half < width // 2)[None, :]
-        low, high = tl.load(even, mask=there, other=0.0), tl.load(odd, mask=there, other=0.0)
-    return low, high
+    mask = there[:, None]
+    if not EVEN:
+        mask = mask & (half < width // 2)[None, :]
+    return tl.load(even, mask=mask, other=0.0), tl.load(odd, mask=mask, other=0.0)

@@ -1,6 +1,6 @@
 """Canonical weights → what the kernels take: the same memory, seen as its format wants.
 
-Only scales of a few numbers an expert are new tensors; nothing of a weight's size is copied.
+Only scales are new tensors, where they must be; nothing of a weight's size is copied.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from expertd.backends.triton.decode import E4M3_SHRUNK
 from expertd.core import QuantScheme
@@ -114,7 +115,9 @@ def _matrix(
 ) -> Matrix:
     form = FORMATS[weights.quant]
     in_loop, at_end = (scale, global_scale) if form.group else (None, scale)
-    matrix = _decodable(Matrix(_bits(codes), form, kind, _bits(in_loop), at_end, bias))
+    matrix = _decodable(
+        Matrix(_bits(codes), form, kind, _padded(form, _bits(in_loop)), at_end, bias)
+    )
     if matrix.fp8:
         return replace(matrix, weight=codes, format=replace(form, name="plain"))
     return matrix
@@ -131,6 +134,13 @@ def _decodable(matrix: Matrix) -> Matrix:
         assert matrix.end_scale is not None
         return replace(matrix, end_scale=matrix.end_scale / E4M3_SHRUNK.value)
     return matrix
+
+
+def _padded(form: Format, scale: Tensor | None) -> Tensor | None:
+    """Scales of groups with rows of whole 16 bytes: asynchronous copies begin at multiples of 4."""
+    if scale is None or form.group == 128:
+        return scale
+    return pad(scale, (0, -scale.shape[-1] % (16 // scale.element_size())))
 
 
 def _bits(stored: Any) -> Any:
