@@ -17,7 +17,17 @@ from expertd_client.fleet.pace import Allowance, Latencies
 from expertd_client.fleet.placement import Changed, Placement, Policy, agreed_edition, none_ready
 from expertd_client.fleet.tasks import cancel, final, first_good, off, together
 from expertd_client.replicas import Fleet, Replica
-from expertd_client.sharding import Part, Piece, Rows, Split, Work, add_up, put_together
+from expertd_client.sharding import (
+    LEAST_ROWS,
+    Part,
+    Piece,
+    Rows,
+    Split,
+    Work,
+    add_up,
+    cut,
+    put_together,
+)
 
 STALL_SECONDS = 1.0
 """An answer that takes this long, and four times as long as usual, is asked for elsewhere too."""
@@ -26,6 +36,9 @@ UNMEASURED_STALL_SECONDS = 5.0
 _TURN_SECONDS = 0.05
 _MARGIN_SECONDS = 0.05
 """A call that may be partial returns this long before its deadline, to be in time."""
+
+MOST_ON_THE_WAY = 2
+"""Messages of one call that a replica is sent at once: one travels while another is computed."""
 
 NOBODY: frozenset[str] = frozenset()
 
@@ -92,6 +105,7 @@ class Delivery:
         self._last: ExpertdError | None = None
         self._attempts = 0
         self._reserved: dict[int, tuple[Part, Replica]] = {}
+        self._lanes: dict[str, asyncio.Semaphore] = {}
 
     async def run(self) -> Outcome:
         """The answer; raises ExpertdError's family."""
@@ -169,7 +183,9 @@ class Delivery:
         """One part until it is done, by another replica whenever one has failed."""
         while True:
             try:
-                return await self._raced(place, part, excluded)
+                # Its time counts from its turn: one that waits for others is not late.
+                async with self._lane(part):
+                    return await self._raced(place, part, excluded)
             except ExpertdError as error:
                 if final(error):
                     raise
@@ -185,11 +201,21 @@ class Delivery:
     async def _placed(self, place: Placement, work: Work, excluded: frozenset[str]) -> Split:
         """Who is to do it; their load grows at once, so that the next call sees it."""
         split = await place.place(work, excluded, self._desk.callers)
-        for part in split.parts:
+        parts = tuple(smaller for part in split.parts for smaller in self._messages(part))
+        for part in parts:
             replica = self._desk.fleet.replicas[part.holder.name]
             replica.pace.rows += len(part.work.rows)
             self._reserved[id(part)] = part, replica
-        return split
+        return Split(parts, split.missing)
+
+    def _messages(self, part: Part) -> list[Part]:
+        """The part as the messages that its replica's carrier takes best."""
+        link = self._desk.fleet.replicas[part.holder.name].link
+        row_bytes = self._call.hidden_states.nbytes // max(1, self._call.tokens)
+        return cut(part, max(LEAST_ROWS, link.message_bytes // max(1, row_bytes)))
+
+    def _lane(self, part: Part) -> asyncio.Semaphore:
+        return self._lanes.setdefault(part.holder.name, asyncio.Semaphore(MOST_ON_THE_WAY))
 
     def _release(self, part: Part) -> None:
         _, replica = self._reserved.pop(id(part))

@@ -189,6 +189,17 @@ def _level(count: int, holders: Sequence[Holder]) -> list[int]:
     return [int(rows) for rows in np.diff(ends, prepend=0)]
 
 
+def cut(part: Part, most: int) -> list[Part]:
+    """The same as parts of at most so many rows each, none much smaller than another."""
+    rows = len(part.work.rows)
+    count = max(1, -(-rows // most))
+    ends = [rows * number // count for number in range(count + 1)]
+    return [
+        Part(part.holder, _some(part.work, slice(begin, end)))
+        for begin, end in zip(ends, ends[1:], strict=False)
+    ]
+
+
 def _some(work: Work, chosen: slice) -> Work:
     ids = None if work.ids is None else work.ids[chosen]
     weights = None if work.weights is None else work.weights[chosen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from typing import Any
 
 import ml_dtypes
@@ -17,6 +18,7 @@ from tests.clients.fleets import (
     LAYER,
     MODEL,
     FakeFleet,
+    FakeLink,
     FakeServer,
     ranges,
     routed,
@@ -38,6 +40,38 @@ def test_rows_are_split_over_replicas_of_everything(pool_of: Any) -> None:
     assert (reply.attempts, reply.rows_sent) == (3, 600) and reply.complete_rows.all()
     assert {share.target for share in reply.shares} == set(fleet.targets)
     assert all(call.router_logits and not call.partial for s in fleet for call in s.calls)
+
+
+@pytest.mark.parametrize("held", [((0, 16), (0, 16)), ((0, 7), (7, 16))])
+def test_large_parts_travel_as_several_messages_a_few_at_a_time(
+    pool_of: Any, held: tuple[tuple[int, int], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = ranges(*held)
+    under_way: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+
+    def script(server: FakeServer) -> Any:
+        async def counted(call: Any) -> None:
+            under_way[server.target] += 1
+            most[server.target] = max(most[server.target], under_way[server.target])
+            await asyncio.sleep(0.001)
+            under_way[server.target] -= 1
+
+        return counted
+
+    for server in fleet:
+        server.script = script(server)
+    monkeypatch.setattr(FakeLink, "message_bytes", 100 * HIDDEN * 4)
+    rows, logits = drawn(1000)
+    with pool_of(fleet) as pool:
+        pool.layers(MODEL)
+        reply = pool.call(MODEL, LAYER, rows, router_logits=logits)
+    assert_right(reply.output, rows, logits)
+    calls = [call.hidden_states for server in fleet for call in server.calls]
+    sizes = [states.shape[0] for states in calls if states]
+    assert max(sizes) <= 100 and reply.rows_sent == sum(sizes)
+    assert reply.attempts == len(sizes) == len(reply.shares)
+    assert set(most.values()) == {2}, "each replica has the next message while it computes one"
 
 
 @pytest.mark.parametrize("form", ["logits", "topk"])

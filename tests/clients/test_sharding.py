@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from expertd_client.sharding import (
     LEAST_ROWS,
     Holder,
+    Part,
     Piece,
     Split,
     Work,
     add_up,
+    cut,
     put_together,
     share,
     split_experts,
@@ -231,3 +233,15 @@ def test_rows_are_taken(dtype: Any) -> None:
     assert take_rows(rows, together).base is not None, "rows that lie together are a view"
     for wanted in (together, apart):
         assert take_rows(rows, wanted).tobytes() == rows[wanted].tobytes()
+
+
+@given(seeds, st.integers(0, 60), st.integers(1, 70))
+def test_a_part_is_cut_into_parts_of_the_same_rows(seed: int, tokens: int, most: int) -> None:
+    part = Part(Holder("r0", 0, EXPERTS), drawn(seed, tokens))
+    found = cut(part, most)
+    assert all(smaller.holder is part.holder for smaller in found)
+    sizes = [len(smaller.work.rows) for smaller in found]
+    assert max(sizes) <= most and max(sizes) - min(sizes) <= 1
+    assert len(found) == max(1, -(-tokens // most)), "no more messages than it takes"
+    assert np.concatenate([one.work.rows for one in found]).tolist() == list(range(tokens))
+    assert pairs([one.work for one in found]) == pairs([part.work])

@@ -23,7 +23,12 @@ _RECONNECT_MS = 500
 
 
 class Link(ABC):
-    """What a pool asks of a carrier; every method raises ExpertdError and nothing else."""
+    """What a pool asks of a carrier; every method raises ExpertdError and nothing else.
+
+    message_bytes: rows of more bytes than these travel faster as several messages.
+    """
+
+    message_bytes = 1 << 62
 
     @abstractmethod
     async def forward(self, request: bytes, timeout: float | None) -> bytes:
@@ -50,6 +55,8 @@ class GrpcLink(Link):
 
     Not grpc.aio: of that, one process can have one loop only, and that is the caller's.
     """
+
+    message_bytes = 8 << 20
 
     def __init__(self, settings: GrpcSettings) -> None:
         self._settings = settings
