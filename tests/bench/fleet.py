@@ -61,8 +61,9 @@ class Load:
 
 
 def write(out: Path, experts: int, hidden: int, width: int) -> None:
-    """A layer of random codes whose outputs stay finite."""
+    """A layer of random codes of both signs: weights of one sign are far from any model's."""
     codes = torch.randint(0, 120, (hidden * width * 2,), dtype=torch.uint8)
+    codes |= torch.randint(0, 2, codes.shape, dtype=torch.uint8) << 7
     shapes = {
         "gate_proj": (width, hidden),
         "up_proj": (width, hidden),

@@ -6,6 +6,10 @@ the call it belongs to is refused when the codes come back.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,6 +18,32 @@ from expertd.errors import ExpertdError, ExpertsNotHeld, InvalidArgument
 from expertd.routing.reference import logits_ok
 
 OK, BAD_LOGITS, OUT_OF_RANGE, DUPLICATE, BAD_WEIGHT, NOT_HELD = range(6)
+
+Check = Callable[[Tensor, Tensor, LayerSpec, bool], tuple[Tensor, Tensor]]
+
+TOPK_CHECKS = {
+    "cpu": "expertd.engine.checks:check_topk",
+    "cuda": "expertd.engine.checks_cuda:check_topk",
+}
+
+
+@cache
+def topk_check_on(device_type: str) -> Check:
+    """What checks ids and weights on devices of this type."""
+    module, _, name = TOPK_CHECKS[device_type].partition(":")
+    check: Check = getattr(importlib.import_module(module), name)
+    return check
+
+
+def warm_up_checks(spec: LayerSpec, device: torch.device) -> None:
+    """Compiles the check for every dtype of ids, held or partial, so that no request has to."""
+    if not spec.num_experts:
+        return
+    weights = torch.zeros(1, 1, device=device)
+    for dtype in (torch.int32, torch.int64):
+        for partial in (False, True):
+            ids = torch.zeros(1, 1, dtype=dtype, device=device)
+            topk_check_on(device.type)(ids, weights, spec, partial)
 
 
 def check_logits(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

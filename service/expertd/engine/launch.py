@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expertd.backends.base import Backend, Batch
 from expertd.core import CallForm, PlanMode
-from expertd.engine.checks import check_logits, check_topk
+from expertd.engine.checks import check_logits, topk_check_on
 from expertd.engine.flight import Flight
 from expertd.engine.resident import Resident
 from expertd.engine.routers import router_on
@@ -56,7 +56,8 @@ def _stage_in(
         return Batch(rows, out, scales), None
     assert weights is not None
     weights = weights.to(torch.float32)
-    ids, codes = check_topk(ids, weights, resident.spec, form.partial)
+    check = topk_check_on(ids.device.type)
+    ids, codes = check(ids, weights, resident.spec, form.partial)
     return Batch(rows, out, scales, ids, weights), codes
 
 

@@ -18,6 +18,7 @@ from expertd.capability.match import layer_refusals, refusal
 from expertd.capability.row import Row, State
 from expertd.capability.rows import ROWS
 from expertd.core import Activation, ActivationKind, LayerSpec, PlanMode, QuantScheme
+from expertd.engine.checks import warm_up_checks
 from expertd.engine.choice import likely_backends
 from expertd.engine.forms import warm_up_forms
 from expertd.engine.graphs import Graphs
@@ -165,6 +166,7 @@ class Loader:
         """Every backend whose row accepts the layer on this device, proven and checked."""
         resident.state = LayerState.PROVING
         warm_up_router(resident.spec, resident.bias, self._torch_device)
+        warm_up_checks(resident.spec, self._torch_device)
         for row in self._rows(resident):
             self._build(row, resident)
         resident.judged(self._prover.states(resident.backends), Timings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tests.strategies import layer_spec
 
 from expertd.core import LayerSpec
+from expertd.engine import checks
 from expertd.engine.checks import (
     BAD_LOGITS,
     BAD_WEIGHT,
@@ -79,6 +81,27 @@ def test_wide_ids_do_not_wrap_into_range(far: int) -> None:
     ids = torch.tensor([[far, 0]])
     _, codes = check_topk(ids, torch.ones(1, 2), SPEC, partial=True)
     assert codes.tolist() == [OUT_OF_RANGE]
+
+
+@pytest.mark.parametrize("device", checks.TOPK_CHECKS)
+def test_every_device_has_its_check(device: str) -> None:
+    pytest.importorskip("triton")
+    module, _, name = checks.TOPK_CHECKS[device].partition(":")
+    assert checks.topk_check_on(device) is getattr(importlib.import_module(module), name)
+
+
+def test_warm_up_checks_ids_of_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.dtype, bool]] = []
+
+    def check(ids, weights, spec, partial):  # type: ignore[no-untyped-def]
+        seen.append((ids.dtype, partial))
+
+    monkeypatch.setattr(checks, "topk_check_on", lambda device_type: check)
+    checks.warm_up_checks(SPEC, torch.device("cpu"))
+    checks.warm_up_checks(
+        layer_spec(num_experts=0, expert_begin=0, expert_end=0, routing=None), torch.device("cpu")
+    )
+    assert seen == [(d, p) for d in (torch.int32, torch.int64) for p in (False, True)]
 
 
 LOGITS: dict[str, tuple[list[float], int]] = {
