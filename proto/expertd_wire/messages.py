@@ -1,14 +1,13 @@
-"""The two hot messages as plain dataclasses: what the codec makes of bytes and bytes of."""
+"""The two hot messages as plain tuples: what the codec makes of bytes and bytes of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from expertd_wire.tensors import WireTensor
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardCall:
+class ForwardCall(NamedTuple):
     """A ForwardRequest; tensors are views of the carrier's memory, values are not checked yet."""
 
     model: str = ""
@@ -38,8 +37,7 @@ class ForwardCall:
         return sum(len(tensor.data) for tensor in tensors if tensor is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardReply:
+class ForwardReply(NamedTuple):
     """A ForwardReply; status holds a serialised google.rpc.Status, on streams only."""
 
     output: WireTensor | None = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,8 +28,7 @@ class WireError(ValueError):
     """Bytes from outside that are not what the contract says; the text is fit for the caller."""
 
 
-@dataclass(frozen=True, slots=True)
-class WireTensor:
+class WireTensor(NamedTuple):
     """A row-major, little-endian tensor that views bytes it does not own."""
 
     dtype: str

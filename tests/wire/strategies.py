@@ -58,13 +58,15 @@ REPLIES = st.builds(
     staged_ns=INT64,
     computed_ns=INT64,
     request_id=TEXT,
+    status=st.just(b""),
+    generation=INT32,
 )
 
 
 def to_pb(message: ForwardCall | ForwardReply) -> Message:
     """message as google.protobuf's, field by field."""
     kind = pb.ForwardRequest if isinstance(message, ForwardCall) else pb.ForwardReply
-    fields = {name: getattr(message, name) for name in message.__slots__}
+    fields = message._asdict()
     status = fields.pop("status", b"")
     made: Message = kind(**{name: _tensor_to_pb(value) for name, value in fields.items()})
     if status:
@@ -75,7 +77,7 @@ def to_pb(message: ForwardCall | ForwardReply) -> Message:
 def from_pb(made: Message) -> ForwardCall | ForwardReply:
     """google.protobuf's message as ours; raises WireError for an impossible tensor."""
     kind = ForwardCall if isinstance(made, pb.ForwardRequest) else ForwardReply
-    return kind(**{name: _from_field(made, name) for name in kind.__slots__})
+    return kind(**{name: _from_field(made, name) for name in kind._fields})
 
 
 def _tensor_to_pb(value: Any) -> Any:

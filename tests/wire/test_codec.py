@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError, Message
@@ -64,7 +62,7 @@ def test_what_protobuf_writes_of_a_reply_reads_the_same(reply: ForwardReply) -> 
 def test_what_we_write_of_a_reply_is_what_protobuf_reads(
     reply: ForwardReply, status: status_pb2.Status
 ) -> None:
-    fields = {name: getattr(reply, name) for name in reply.__slots__}
+    fields = reply._asdict()
     reply = ForwardReply(**fields | {"status": status.SerializeToString()})
     assert pb.ForwardReply.FromString(encode_forward_reply(reply)) == to_pb(reply)
     assert decode_forward_reply(encode_forward_reply(reply)) == reply
@@ -223,7 +221,7 @@ def _with_checked_status(data: bytes) -> ForwardReply:
         status = status_pb2.Status.FromString(reply.status)
     except DecodeError as problem:
         raise WireError(str(problem)) from problem
-    return replace(reply, status=_bytes(status))
+    return reply._replace(status=_bytes(status))
 
 
 def _bytes(message: Message) -> bytes:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 
-@dataclass(slots=True)
-class BatchTimes:
+class BatchTimes(NamedTuple):
     """Nanoseconds of each stage of one batch."""
 
     stage_in: int = 0
@@ -16,8 +15,7 @@ class BatchTimes:
     stage_out: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class BatchReport:
+class BatchReport(NamedTuple):
     """A batch that ran."""
 
     model: str
@@ -25,8 +23,8 @@ class BatchReport:
     requests: int
     tokens: int
     nonfinite_rows: int
-    queued_ns: list[int] = field(default_factory=list)
-    times: BatchTimes = field(default_factory=BatchTimes)
+    queued_ns: Sequence[int] = ()
+    times: BatchTimes = BatchTimes()
 
 
 class Observer(Protocol):

@@ -55,8 +55,7 @@ def _rows_of(ticket: Ticket, begin: int, end: int) -> ForwardCall:
         return WireTensor(tensor.dtype, shape, tensor.data[begin * row : end * row])
 
     call = ticket.call
-    return replace(
-        call,
+    return call._replace(
         hidden_states=rows(call.hidden_states),
         hidden_states_scale=rows(call.hidden_states_scale),
         router_logits=rows(call.router_logits, routing=True),
@@ -99,15 +98,14 @@ class _Joint:
             self._output = torch.empty(size, dtype=torch.uint8).numpy().data
         begin = reply.output.nbytes // piece.tokens * piece.first_row
         copy_bytes(self._output[begin : begin + reply.output.nbytes], reply.output.data)
-        self._replies.append(replace(reply, output=replace(reply.output, data=memoryview(b""))))
+        self._replies.append(reply._replace(output=reply.output._replace(data=memoryview(b""))))
         if len(self._replies) == len(self._whole.pieces):
             self._whole.future.set_result(self._reply(reply.output))
 
     def _reply(self, last: WireTensor) -> ForwardReply:
         """The plan and the wait of the first piece, the times of all together."""
         shape = (self._whole.tokens, *last.shape[1:])
-        return replace(
-            self._replies[0],
+        return self._replies[0]._replace(
             output=WireTensor(last.dtype, shape, self._output),
             staged_ns=sum(reply.staged_ns for reply in self._replies),
             computed_ns=sum(reply.computed_ns for reply in self._replies),
