@@ -1,12 +1,24 @@
-"""JSON files of this user's cache: replaced whole, and empty when they cannot be read."""
+"""JSON files of this user's cache: replaced whole, and empty when they cannot be read.
+
+They only save work: where they cannot be written it is done again at the next start.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import tempfile
+import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+log = logging.getLogger(__name__)
+
+DRAFT = ".draft"
+STALE_SECONDS = 3600
 
 
 def read_entries(path: Path, name: str) -> list[dict[str, Any]]:
@@ -21,8 +33,21 @@ def read_entries(path: Path, name: str) -> list[dict[str, Any]]:
 
 
 def replace_entries(path: Path, name: str, entries: list[dict[str, Any]]) -> None:
-    """Writes the list beside the file, then puts it in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump({name: entries}, file, indent=1)
-    os.replace(file.name, path)
+    """Writes the list beside the file, then puts it in its place; a warning where it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
+        with TemporaryDirectory(DRAFT, path.name, path.parent) as directory:
+            draft = Path(directory, path.name)
+            draft.write_text(json.dumps({name: entries}, indent=1))
+            os.replace(draft, path)
+    except OSError as error:
+        log.warning("%s is not kept: %s; XDG_CACHE_HOME names another place", path, error)
+
+
+def _remove_stale(path: Path) -> None:
+    """The drafts of processes that were killed as they wrote."""
+    for draft in path.parent.glob(f"{path.name}*{DRAFT}"):
+        with suppress(FileNotFoundError):  # another process may be at it as well
+            if time.time() - draft.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(draft)
