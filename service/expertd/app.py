@@ -236,4 +236,6 @@ def _bound(bind: Callable[[str, int], int], host: str, port: int) -> int:
     try:
         return bind(host, port)
     except (OSError, RuntimeError) as error:
-        raise InvalidArgument(f"cannot listen on {host}:{port}: {error}") from None
+        raise InvalidArgument(
+            f"cannot listen on {host}:{port}: {error}; other ports: --http-port, --grpc-port"
+        ) from None

@@ -10,6 +10,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +86,10 @@ def number(least: float, most: float, kind: Callable[[str], Any] = int) -> Calla
     """A parser of numbers within bounds."""
 
     def parse(text: str) -> Any:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = nan
         if not least <= value <= most:
             raise ValueError(f"{least} to {most} is accepted")
         return value
@@ -250,6 +254,12 @@ def resolve(flags: argparse.Namespace, environment: Mapping[str, str]) -> Resolv
     return Resolved(Settings(**values), origins)
 
 
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables that look like settings and are none: a slip, or another program's."""
+    known = {"EXPERTD_CONFIG", *(setting.variable for setting in SETTINGS)}
+    return sorted(name for name in environment if name.startswith("EXPERTD_") and name not in known)
+
+
 def _find(
     setting: Setting,
     flags: argparse.Namespace,
@@ -286,7 +296,9 @@ def _parse(setting: Setting, texts: Sequence[str], origin: str) -> Any:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise InvalidArgument(f"--config {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InvalidArgument(f"--config {path}: {error}") from None
     known = {setting.name for setting in SETTINGS}
     if unknown := sorted(set(table) - known):

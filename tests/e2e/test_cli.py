@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,37 @@ def test_a_bad_config_exits_2(home: Path, text: str, words: str) -> None:
     config.write_text(text)
     ended = expertd(home, "serve", "--config", str(config), "--print-config")
     assert ended.returncode == 2 and re.search(words, ended.stderr)
+
+
+def test_a_variable_that_is_no_setting_is_told(home: Path) -> None:
+    variables = environment(home) | {"EXPERTD_HTP_PORT": "8500"}
+    ended = subprocess.run(
+        [*EXPERTD, "serve"], env=variables, capture_output=True, text=True, timeout=60
+    )
+    assert "EXPERTD_HTP_PORT names no setting" in ended.stderr and ended.returncode == 2
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+from expertd.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_a_full_disk_is_told_in_one_line_and_nothing_is_left(home: Path, family: str) -> None:
+    out = home / "models" / "tiny"
+    command = [sys.executable, "-c", FULL_DISK, "demo-model", "--out", str(out)]
+    ended = subprocess.run(
+        [*command, "--family", family, "--quant", "bf16"],
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 1 and "File too large" in ended.stderr
+    assert "Traceback" not in ended.stderr and list(out.parent.iterdir()) == []
 
 
 def test_unknown_commands_and_no_command_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,9 +138,10 @@ FLAGS_AMISS: dict[str, tuple[list[str], str]] = {
     "backend": (["--identity", "e=8", "--backend", "cutlas"], "cutlas: accepted: auto, .*grouped"),
     "names": (["--identity", "e=8", "--identity", "e=9"], "given twice: e"),
     "port": (["--identity", "e=8", "--http-port", "70000"], "0 to 65535 is accepted"),
+    "no port": (["--identity", "e=8", "--http-port", "http"], "'http' given; 0 to 65535 is acc"),
     "identity": (["--identity", "e=none"], "NAME=HIDDEN is accepted"),
     "range": (["--demo", "--layers", "5-3"], "inclusive range such as 3-10"),
-    "config": (["--config", "/no/such/file.toml", "--demo"], "/no/such/file.toml"),
+    "config": (["--config", "/no/such/file.toml", "--demo"], "/no/such/file.toml: No such file"),
 }
 
 
@@ -185,5 +186,5 @@ def test_a_taken_port_exits_2(home: Path, flag: str, listens: bool) -> None:
         port = str(taken.getsockname()[1])
         ended = expertd(home, "serve", "--identity", "e=8", *PORTS, flag, port)
     assert ended.returncode == 2
-    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr
+    assert f"cannot listen on 127.0.0.1:{port}" in ended.stderr and flag in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ExpertdError as error:
         print(f"expertd: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # a full disk, a file that may not be read: not a fault of ours
+        print(f"expertd: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -12,12 +12,14 @@ import sys
 import threading
 from typing import TYPE_CHECKING, NoReturn
 
-from expertd.config import Resolved, Settings, add_flags, resolve
+from expertd.config import Resolved, Settings, add_flags, resolve, unknown_variables
 from expertd.logs import set_up
 from expertd.preflight import check_settings
 
 if TYPE_CHECKING:
     from expertd.app import Addresses, App
+
+log = logging.getLogger(__name__)
 
 LOST_EXIT_CODE = 70
 """How a process ends whose device is lost, so that its supervisor starts another."""
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         return _print_config(resolved)
     set_up(resolved.settings.log)
+    for name in unknown_variables(os.environ):
+        log.warning("variable %s names no setting; --print-config lists them all", name)
     # Compute threads must not spin while they wait; libgomp reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return serve(resolved.settings)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,7 +42,10 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def draft(out: Path) -> Iterator[Path]:
-    """A hidden directory beside out, gone when the block ends; a killed process's go first."""
+    """A hidden directory beside out, gone when the block ends; a killed process's go first.
+
+    Raises OSError for a disk that is full, too.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out.parent):  # so that nobody takes a new draft for a stale one
         _remove_stale(out.parent)
@@ -49,6 +53,8 @@ def draft(out: Path) -> Iterator[Path]:
         held = _lock(directory, wait=False)
     try:
         yield directory
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(f"{out}: {error}") from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         _release(held)
