@@ -72,10 +72,12 @@ def candidates(m: int, kind: Kind) -> Iterator[Tile]:
     wide = 128 if kind.fp8 or kind.packed else 64
     depths = (wide,) if kind.blocks or m > 16 else (wide, 2 * wide)
     stages = (2, 3) if kind.packed else (2, 3, 4, 5) if m > 32 else (3, 5)
-    for n, k, warps, deep, (swapped, mapped), short in itertools.product(
-        widths(m, kind), depths, (4,) if m <= 32 else (4, 8), stages, ways(m, kind), shorts(m)
+    # wgmma wants four warps; two multiply decoded weights where they are, as its forerunner does.
+    warps = (2, 4) if kind.packed and m <= 32 else (4,) if m <= 32 else (4, 8)
+    for n, k, count, deep, (swapped, mapped), short in itertools.product(
+        widths(m, kind), depths, warps, stages, ways(m, kind), shorts(m)
     ):
-        tile = Tile(m, n, k, 1, warps, deep, swapped, mapped, short)
+        tile = Tile(m, n, k, 1, count, deep, swapped, mapped, short)
         if fits(tile, kind):
             yield tile
 
@@ -104,7 +106,7 @@ def shorts(m: int) -> tuple[int, ...]:
 def fits(tile: Tile, kind: Kind) -> bool:
     """Whether registers suffice, and no warp is idle."""
     sums = tile.m * tile.n * kind.halves / (tile.warps * 32)
-    busy = (tile.n >= 64 or not tile.swapped) and (sums >= 32 or tile.warps == 4)
+    busy = (tile.n >= 64 or not tile.swapped or tile.warps == 2) and (sums >= 32 or tile.warps <= 4)
     return busy and sums <= 160
 
 

@@ -15,7 +15,7 @@ from expertd.backends.base import Backend, Batch
 from expertd.backends.build import build
 from expertd.backends.triton.backend import Triton
 from expertd.backends.triton.dot import INTERPRETED
-from expertd.backends.triton.tiles import Cut, table
+from expertd.backends.triton.tiles import Cut, Tile, table
 from expertd.capability.row import Row
 from expertd.capability.rows.reference import ROWS as REFERENCE
 from expertd.capability.rows.triton import ROWS
@@ -108,6 +108,18 @@ def test_every_measured_cut(
     batch = batch_of(spec, 40 if cut.sorted else 2, 2, seed)
     row = row_of(spec.quant, rows)
     assert error(row, spec, random_weights(spec, generator(seed)), batch) <= 1
+
+
+@pytest.mark.parametrize("quant", [QuantScheme.MXFP4, QuantScheme.NVFP4, QuantScheme.MXINT4])
+def test_weights_multiplied_from_registers(
+    quant: QuantScheme, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As wgmma's left operand, a thread's four bytes are of two rows, which differ in scale."""
+    tile = Tile(64, 64, 64, swapped=True)
+    monkeypatch.setattr(Triton, "_cut", lambda self, tokens, top_k: Cut(True, False, tile, tile))
+    spec = layer(quant)
+    batch = batch_of(spec, 40, 2, seed)
+    assert error(row_of(quant, "bf16"), spec, random_weights(spec, generator(seed)), batch) <= 1
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
