@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -54,24 +55,27 @@ def _plain(matrix: Matrix) -> Tensor:
 
 def _rowwise(matrix: Matrix) -> Tensor:
     """One scale for the matrix ([1]) or for each row ([N])."""
-    return matrix.codes.float() * _scale(matrix)[:, None]
+    return e4m3_to_float(matrix.codes).mul_(_scale(matrix)[:, None])
 
 
 def _blocks128(matrix: Matrix) -> Tensor:
     """One scale for each 128x128 block; the last blocks may be cut short."""
-    n, k = matrix.codes.shape
-    scale = _scale(matrix).repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
-    return matrix.codes.float() * scale
+    values = e4m3_to_float(matrix.codes)
+    columns = _scale(matrix).repeat_interleave(128, 1)[:, : values.shape[1]]
+    for rows, factors in zip(torch.split(values, 128), columns, strict=True):
+        rows.mul_(factors)
+    return values
 
 
 def _grouped(values: Tensor, scale: Tensor) -> Tensor:
-    """values [N, K] times scale [N, K/G], each scale for G neighbours in a row."""
+    """Multiplies values [N, K] by scale [N, K/G], each scale for G neighbours in a row."""
     n, groups = scale.shape
-    return (values.view(n, groups, -1) * scale[:, :, None]).view(n, -1)
+    values.view(n, groups, -1).mul_(scale[:, :, None])
+    return values
 
 
 def _mxfp8(matrix: Matrix) -> Tensor:
-    return _grouped(matrix.codes.float(), e8m0_to_float(_scale(matrix)))
+    return _grouped(e4m3_to_float(matrix.codes), e8m0_to_float(_scale(matrix)))
 
 
 def _mxfp4(matrix: Matrix) -> Tensor:
@@ -80,7 +84,7 @@ def _mxfp4(matrix: Matrix) -> Tensor:
 
 def _nvfp4(matrix: Matrix) -> Tensor:
     assert matrix.global_scale is not None
-    scale = _scale(matrix).float() * matrix.global_scale
+    scale = e4m3_to_float(_scale(matrix)) * matrix.global_scale
     return _grouped(e2m1_to_float(matrix.codes), scale)
 
 
@@ -100,22 +104,51 @@ def e8m0_to_float(bits: Tensor) -> Tensor:
     return as_float32.view(torch.float32)
 
 
-def nibbles(packed: Tensor) -> Tensor:
-    """Bytes [N, K/2] → values 0..15 [N, K], the low nibble first."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+def e4m3_to_float(codes: Tensor) -> Tensor:
+    """float8_e4m3fn → float32, in memory of its own."""
+    if codes.device.type != "cpu":
+        return codes.float()
+    return _looked_up(_e4m3_values(), codes.view(torch.uint8))
 
 
 def e2m1_to_float(packed: Tensor) -> Tensor:
-    """Packed e2m1 [N, K/2] → float32 [N, K]."""
-    values = E2M1 + tuple(-value for value in E2M1)
-    table = torch.tensor(values, dtype=torch.float32, device=packed.device)
-    return table[nibbles(packed).int()]
+    """Packed e2m1 [N, K/2], the low nibble first → float32 [N, K]."""
+    return _pairs_looked_up(E2M1 + tuple(-value for value in E2M1), packed)
 
 
 def int4_to_float(packed: Tensor) -> Tensor:
-    """Packed signed 4-bit values [N, K/2] → float32 [N, K]."""
-    values = nibbles(packed).float()
-    return values - 16.0 * (values > 7)
+    """Packed signed 4-bit values [N, K/2], the low nibble first → float32 [N, K]."""
+    return _pairs_looked_up((*range(8), *range(-8, 0)), packed)
+
+
+@cache
+def _e4m3_values() -> Tensor:
+    """What torch makes of each code, slowly."""
+    return torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+@cache
+def _pairs(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """What two nibbles mean, at each of the 256 bytes: two float32 in one int64."""
+    pairs = [(values[byte & 15], values[byte >> 4]) for byte in range(256)]
+    return torch.tensor(pairs, dtype=torch.float32, device=device).view(torch.int64).view(-1)
+
+
+def _pairs_looked_up(values: tuple[float, ...], packed: Tensor) -> Tensor:
+    return _looked_up(_pairs(values, packed.device), packed).view(torch.float32)
+
+
+def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
+    """The entry of a table [256] for each byte, a piece at a time: indices take four times more."""
+    flat = codes.reshape(-1)
+    found = torch.empty(len(flat), dtype=table.dtype, device=flat.device)
+    for part, out in zip(torch.split(flat, PIECE), torch.split(found, PIECE), strict=True):
+        torch.index_select(table, 0, part.int(), out=out)
+    return found.view(codes.shape)
+
+
+PIECE = 1 << 18
+"""Bytes looked up at once: their indices stay in a processor's cache."""
 
 
 _DEQUANTIZERS: dict[QuantScheme, Callable[[Matrix], Tensor]] = {

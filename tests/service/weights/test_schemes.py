@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,15 @@ import torch
 
 from expertd.core import Activation, ActivationKind, LayerSpec, QuantScheme
 from expertd.weights.canonical import ExpertWeights
-from expertd.weights.dequant import dequantize, dequantize_to, e2m1_to_float, e8m0_to_float
+from expertd.weights.dequant import (
+    PIECE,
+    dequantize,
+    dequantize_to,
+    e2m1_to_float,
+    e4m3_to_float,
+    e8m0_to_float,
+    int4_to_float,
+)
 from expertd.weights.matrix import allocate
 from expertd.weights.quantize import quantize, to_e2m1
 from expertd.weights.storage import layer_bytes, layer_parts
@@ -181,6 +190,33 @@ def test_every_e2m1_value_and_tie_rounds_as_the_standard_says() -> None:
     expected = values.astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
     got = e2m1_to_float(to_e2m1(torch.from_numpy(values)[None]))[0].numpy()
     np.testing.assert_array_equal(got, expected)
+
+
+def every_byte() -> torch.Tensor:
+    """Each byte at each place modulo 256, in more than one piece of a look-up."""
+    rows = 2 * PIECE // 256 + 3
+    return (torch.arange(256)[None] + torch.arange(rows)[:, None]).to(torch.uint8)
+
+
+def test_every_e4m3_code_is_exact() -> None:
+    codes = every_byte()
+    expected = codes.numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    got = e4m3_to_float(codes.view(torch.float8_e4m3fn))
+    np.testing.assert_array_equal(got.numpy(), expected)
+    assert torch.equal(got.signbit(), codes > 127), "-0.0 too"
+
+
+@pytest.mark.parametrize(
+    ("decode", "meaning"),
+    [(e2m1_to_float, ml_dtypes.float4_e2m1fn), (int4_to_float, ml_dtypes.int4)],
+)
+def test_every_pair_of_nibbles_is_exact(
+    decode: Callable[[torch.Tensor], torch.Tensor], meaning: type
+) -> None:
+    packed = every_byte()
+    nibbles = np.stack((packed.numpy() & 15, packed.numpy() >> 4), -1).reshape(len(packed), -1)
+    expected = nibbles.astype(np.uint8).view(meaning).astype(np.float32)
+    np.testing.assert_array_equal(decode(packed).numpy(), expected)
 
 
 def test_every_e8m0_value_is_exact() -> None:
