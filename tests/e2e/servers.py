@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from select import select
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from expertd.preflight import check_settings
 EXPERTD = [sys.executable, "-c", "import sys; from expertd.cli import main; sys.exit(main())"]
 PORTS = ["--http-port", "0", "--grpc-port", "0"]
 MINUTE = 60
+NOT_READY = "expertd: not every layer is ready"
+LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,19 @@ def serving(home: Path, *args: str, program: Sequence[str] = ()) -> Iterator[Ser
         ) as process,
     ):
         try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
+            line = announced(process, log)
             assert line, f"the server ended with {process.wait(MINUTE)}: {log.read_text()}"
             yield Server(**json.loads(line), process=process, log=log)
         finally:
             process.kill()
+
+
+def announced(process: subprocess.Popen[str], log: Path) -> str:
+    """The line that a ready server prints, or nothing if it ended; fails if a layer did."""
+    assert process.stdout is not None
+    while not select([process.stdout], [], [], LOOK_SECONDS)[0]:
+        assert NOT_READY not in (told := log.read_text()), told
+    return process.stdout.readline()
 
 
 @contextmanager

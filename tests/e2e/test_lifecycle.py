@@ -94,12 +94,26 @@ def test_readiness_before_and_after(local: Local) -> None:
     assert httpx.get(f"{url}/readyz", trust_env=False).json() == {"ready": True, "missing": []}
 
 
-def test_a_layer_that_cannot_be_loaded_leaves_the_others(home: Path, deep: Path) -> None:
-    broken = home / "broken"
+@pytest.fixture
+def broken(tmp_path: Path, deep: Path) -> Path:
+    """A checkpoint whose layer 0 cannot be served."""
+    broken = tmp_path / "broken"
     broken.mkdir()
     for file in deep.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     spoil(broken, b"model.layers.0.mlp.gate.e_score_correction_bias")
+    return broken
+
+
+def test_a_server_tells_of_a_layer_that_cannot_be_loaded(home: Path, broken: Path) -> None:
+    with (
+        pytest.raises(AssertionError, match="layer deep/0 failed: .*e_score_correction_bias"),
+        serving(home, "--model", f"deep={broken}"),
+    ):
+        pass
+
+
+def test_a_layer_that_cannot_be_loaded_leaves_the_others(broken: Path) -> None:
     with in_process("--model", f"deep={broken}") as (app, addresses):
         assert not app.wait_ready()
         local = Local(app, addresses)
