@@ -96,7 +96,7 @@ def varint(value: int) -> bytes:
     if 0 <= value < 0x4000:  # nearly always: tags, lengths and sizes
         return _ONE_BYTE[value] if value < 0x80 else bytes((value & 0x7F | 0x80, value >> 7))
     value &= _MASK64
-    groups = bytearray()
+    groups = []
     while value >= 0x80:
         groups.append(value & 0x7F | 0x80)
         value >>= 7

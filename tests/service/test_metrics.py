@@ -23,7 +23,7 @@ def test_the_exposition_is_the_librarys(values: list[tuple[str, float]]) -> None
     ours.register(distribution)
     for name, value in values:
         histogram.labels(name).observe(value)
-        distribution.observe(value, name)
+        distribution.observe([value], name)
     assert generate_latest(ours) == generate_latest(theirs)
 
 
@@ -36,7 +36,7 @@ def test_one_without_labels_is_there_before_its_first_value() -> None:
 
 def test_threads_lose_no_value() -> None:
     distribution = Distribution("x", "Text.", (1.0, 2.0), ("name",))
-    work = lambda: [distribution.observe(1.5, "a") for _ in range(5000)]  # noqa: E731
+    work = lambda: [distribution.observe([1.5], "a") for _ in range(5000)]  # noqa: E731
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
