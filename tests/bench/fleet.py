@@ -24,11 +24,9 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import torch
-from tests.bench.load_layer import CONFIG
+from tests.bench.checkpoints import DEEPSEEK, Sizes, write_deepseek
 from tests.e2e.fleet import Replica, replicas
 
-from expertd.weights.writer import write_json, write_shards
 from expertd_client import ExpertPool
 
 STARTED = time.monotonic()
@@ -58,33 +56,6 @@ class Load:
     targets: tuple[str, ...]
     rows: int
     until: float
-
-
-def write(out: Path, experts: int, hidden: int, width: int) -> None:
-    """A layer of random codes of both signs: weights of one sign are far from any model's."""
-    codes = torch.randint(0, 120, (hidden * width * 2,), dtype=torch.uint8)
-    codes |= torch.randint(0, 2, codes.shape, dtype=torch.uint8) << 7
-    shapes = {
-        "gate_proj": (width, hidden),
-        "up_proj": (width, hidden),
-        "down_proj": (hidden, width),
-    }
-    shards: list[dict[str, torch.Tensor]] = [{} for _ in range(4)]
-    for expert in range(experts):
-        for name, (n, k) in shapes.items():
-            begin = (expert * 4099 + len(name)) % (hidden * width)
-            weight = codes[begin : begin + n * k].view(n, k).view(torch.float8_e4m3fn)
-            held, name = (
-                shards[expert * 4 // experts],
-                f"model.layers.0.mlp.experts.{expert}.{name}",
-            )
-            held[f"{name}.weight"] = weight.clone()
-            held[f"{name}.weight_scale_inv"] = torch.full((n // 128, k // 128), 2.0**-12)
-    shards[0]["model.layers.0.mlp.gate.e_score_correction_bias"] = torch.zeros(experts)
-    out.mkdir()
-    sizes = {"hidden_size": hidden, "moe_intermediate_size": width, "n_routed_experts": experts}
-    write_json(out / "config.json", CONFIG | sizes)
-    write_shards(out, shards)
 
 
 def question(pool: ExpertPool, rows: int) -> tuple[Any, dict[str, Any]]:
@@ -221,9 +192,9 @@ def tell(found: dict[str, Any], name: str, value: float) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", required=True, help="one replica on each: cuda:0,cuda:1")
-    parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--hidden", type=int, default=7168)
-    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=DEEPSEEK.experts)
+    parser.add_argument("--hidden", type=int, default=DEEPSEEK.hidden)
+    parser.add_argument("--width", type=int, default=DEEPSEEK.width)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--callers", type=int, default=3, help="processes for each replica")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
@@ -240,7 +211,7 @@ def main() -> None:
     devices = args.devices.split(",")
     with tempfile.TemporaryDirectory(dir=args.dir) as home:
         model = Path(home) / "model"
-        write(model, args.experts, args.hidden, args.width)
+        write_deepseek(model, Sizes(args.experts, args.hidden, args.width))
         flags = ("--model", f"m={model}", *args.serve.split())
         ranges = (f"0-{args.experts - 1}",) * len(devices)
         found: dict[str, Any] = {"replicas": len(devices), "rows of a call": args.rows}
