@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tests.strategies import generator, layer_spec, random_weights
 
 from expertd.backends.flashinfer_cutlass.weights import native as cutlass
@@ -20,8 +21,19 @@ CONSTANTS = 1000
 
 @pytest.mark.parametrize(("quant", "rows"), sorted(TRITON))
 def test_triton_holds_no_weights_of_its_own(quant: QuantScheme, rows: str) -> None:
-    weights = random_weights(layer_spec(quant=quant, hidden=256, intermediate=128), generator(1))
+    weights = random_weights(layer_spec(quant=quant, hidden=512, intermediate=512), generator(1))
     assert bytes_beside(tensors_in(triton(weights, rows)), weights) < CONSTANTS
+
+
+@pytest.mark.parametrize("quant", [QuantScheme.MXFP4, QuantScheme.NVFP4, QuantScheme.MXINT4])
+def test_triton_copies_scales_alone_where_their_rows_begin_anywhere(quant: QuantScheme) -> None:
+    weights = random_weights(layer_spec(quant=quant, hidden=160, intermediate=96), generator(1))
+    matrix = triton(weights, "bf16").first
+    assert matrix.weight.data_ptr() == weights.w13.data_ptr()
+    assert matrix.scale is not None and weights.scale13 is not None
+    assert matrix.scale.stride(1) * matrix.scale.element_size() % 16 == 0
+    given = weights.scale13.view(matrix.scale.dtype)
+    assert torch.equal(matrix.scale[..., : given.shape[-1]], given)
 
 
 @pytest.mark.parametrize(("quant", "rows"), CUTLASS)

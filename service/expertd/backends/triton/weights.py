@@ -140,7 +140,8 @@ def _padded(form: Format, scale: Tensor | None) -> Tensor | None:
     """Scales of groups with rows of whole 16 bytes: asynchronous copies begin at multiples of 4."""
     if scale is None or form.group == 128:
         return scale
-    return pad(scale, (0, -scale.shape[-1] % (16 // scale.element_size())))
+    missing = -scale.shape[-1] % (16 // scale.element_size())
+    return pad(scale, (0, missing)) if missing else scale
 
 
 def _bits(stored: Any) -> Any:
