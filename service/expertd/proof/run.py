@@ -19,6 +19,7 @@ from expertd.capability.rows.reference import ROWS as REFERENCE_ROWS
 from expertd.core import CallForm, LayerSpec, PlanMode, QuantScheme, RoutingForm
 from expertd.errors import NoUsablePlan
 from expertd.proof.cases import CASES, Case, layers
+from expertd.proof.rows import as_read
 from expertd.routing.reference import route_for
 from expertd.weights.canonical import ExpertWeights
 from expertd.weights.quantize import quantize
@@ -38,6 +39,10 @@ TOLERANCES: dict[str, float] = {
 }
 """Relative norm of the error by the format in which the rows enter the GEMMs: e4m3 keeps 3 bits of
 mantissa and e2m1 one, so the rounding of rows alone is that large."""
+
+AS_READ: dict[str, float] = {"nvfp4": 0.12}
+"""The same against a reference that gets the rows as the kernel reads them (rows.py). What is left
+is the rounding of the inner rows: e2m1 in groups of 16 loses 9 % of the norm of normal numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,8 @@ class Proof:
 
 def prove(row: Row, quant: QuantScheme, device: DeviceInfo, seed: int = 0) -> Proof:
     """Runs every case that the row accepts."""
-    cell, tolerance = row.cell(quant), TOLERANCES[row.activation_quant]
+    tolerances = TOLERANCES | AS_READ
+    cell, tolerance = row.cell(quant), tolerances[row.activation_quant]
     try:
         return Proof(cell, tolerance, tuple(_trials(row, quant, device, seed)))
     except NoUsablePlan as refused:
@@ -126,7 +132,8 @@ def _trial(
         raise
     except Exception as error:  # whatever a kernel raises is the finding of this trial
         return Trial(case.name, name, float("nan"), f"{type(error).__name__}: {error}"[:300])
-    expected = _reference(spec, weights, batch)
+    read = as_read(batch.rows, row.activation_quant, weights)
+    expected = _reference(spec, weights, replace(batch, rows=read))
     return Trial(case.name, name, relative_error(batch.out, expected))
 
 

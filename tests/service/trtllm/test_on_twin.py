@@ -11,6 +11,7 @@ from tests.service.trtllm.layers import layer, row_of, with_inputs
 from tests.service.trtllm.served import Layer, refused
 from tests.strategies import generator
 
+from expertd.backends.flashinfer_trtllm.scales import DEFAULTS
 from expertd.capability.device import simulated
 from expertd.capability.row import Row, State
 from expertd.capability.rows.flashinfer_trtllm import ROWS
@@ -50,6 +51,17 @@ def test_a_cell_equals_the_reference(row: Row, quant: QuantScheme) -> None:
     assert proof.state is State.PROVEN, proof.failures[:3]
     tried = {trial.case for trial in proof.trials}
     assert tried == {case.name for case in CASES} - set(untried(row))
+
+
+def test_four_bits_hide_no_wrong_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rounding of rows is larger than what a wrong unit does, unless it is taken out."""
+    (row,) = [r for r in ROWS if r.activation_quant == "nvfp4" and r.mode is PlanMode.ROUTED]
+    device = replace(simulated("sm100"), kind="cpu")
+    monkeypatch.setattr("expertd.proof.run.CASES", CASES[:1])
+    assert prove(row, QuantScheme.NVFP4, device).state is State.PROVEN
+    monkeypatch.setitem(DEFAULTS, ActivationKind.SWIGLU_OAI, (1.5 * 1.702, 1.0))
+    failures = prove(row, QuantScheme.NVFP4, device).failures
+    assert failures and all("swiglu_oai" in trial.layer for trial in failures)
 
 
 @pytest.mark.parametrize(
