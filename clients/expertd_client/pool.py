@@ -54,7 +54,8 @@ class PoolOptions(TypedDict, total=False):
 class PoolReply(Generic[ArrayT]):
     """output [T, H]; complete_rows [T] bool says which rows have all their experts.
 
-    shares says who answered how many rows, attempts how often a replica was asked.
+    shares says who answered how many rows, one for each message (large parts travel as several);
+    attempts how often a replica was asked.
     """
 
     output: ArrayT
