@@ -82,13 +82,3 @@ def tls_files(settings: Settings) -> TlsFiles | None:
         return None
     ca = Path(settings.tls_client_ca) if settings.tls_client_ca else None
     return TlsFiles(Path(settings.tls_cert), Path(settings.tls_key), ca)
-
-
-_CHECKS = (
-    _check_simulate,
-    _check_host,
-    _check_backend,
-    _check_models,
-    _check_ingress,
-    _check_tls,
-)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,10 +52,3 @@ def failing(error: Exception, times: int = 10**9) -> Any:
 
 async def hang(call: Any) -> None:
     await asyncio.sleep(60)
-
-
-def until(done: Any) -> None:
-    end = time.monotonic() + 10
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.005)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.clients.fleets import MODEL, TABLE, FakeFleet, FakeServer, ranges, whole
-from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, assert_right, failing, pool_over, until
+from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, assert_right, failing, pool_over
+from tests.waiting import until
 
 from expertd_client import ExpertPool
 from expertd_client.errors import ExpertsUnavailable, Unavailable

@@ -19,8 +19,8 @@ from tests.clients.pooling import (
     failing,
     hang,
     pool_over,
-    until,
 )
+from tests.waiting import until
 
 from expertd_client import dispatch, replicas
 from expertd_client.errors import (

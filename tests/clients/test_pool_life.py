@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.clients.fleets import EXPERTS, HIDDEN, LAYER, MODEL, ranges, whole
-from tests.clients.pooling import FOUR, assert_right, drawn, hang, pool_over, until
+from tests.clients.pooling import FOUR, assert_right, drawn, hang, pool_over
+from tests.waiting import until
 
 from expertd_client import AsyncExpertPool, ExpertPool
 from expertd_client.errors import (

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tests.e2e.asking import PROTOCOLS
 from tests.e2e.servers import Server
+from tests.waiting import until
 from torch import Tensor
 
 Fields = dict[str, Any]
@@ -49,11 +49,20 @@ def state(server: Server) -> State:
     return State(resident, int(status["Threads"]), len(os.listdir(proc / "fd")))
 
 
-def until(holds: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.05)
+@contextmanager
+def unharmed(server: Server, more_mib: int) -> Iterator[None]:
+    """Answers, memory, threads and descriptors are the same after the block as before it."""
+    for _ in range(30):  # threads and pools exist before anything is counted
+        answers(server)
+    before, expected = state(server), answers(server)
+    yield
+    got = answers(server)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    until(lambda: state(server).descriptors <= before.descriptors + 8)
+    after = state(server)
+    assert after.threads <= before.threads + 64, (before, after)  # grpc's pool, at most
+    assert after.resident_mib < before.resident_mib + more_mib, (before, after)
+    assert "Traceback" not in server.log.read_text()
 
 
 def connect(address: str, timeout: float = 20) -> socket.socket:

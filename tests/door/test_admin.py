@@ -16,8 +16,9 @@ import httpx
 import pytest
 import torch
 from tests.door.conftest import TOKENS
-from tests.door.probing import demo_call, until
+from tests.door.probing import demo_call
 from tests.e2e.servers import MINUTE, Server, expertd, in_process, serving
+from tests.waiting import until
 
 from expertd.config import Settings, add_flags, resolve
 from expertd.errors import InvalidArgument

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import save
-from tests.door.probing import until
 from tests.e2e.local import Local
 from tests.e2e.servers import in_process
 from tests.service.engine.parts import Gate
+from tests.waiting import until
 
 from expertd.app import App
 from expertd_client import Client, Overloaded, Unauthenticated

@@ -10,12 +10,13 @@ import grpc
 import httpx
 import pytest
 import torch
-from tests.door.probing import connect, until
+from tests.door.probing import connect
 from tests.e2e.asking import PROTOCOLS, raw_grpc
 from tests.e2e.local import Local
 from tests.e2e.servers import in_process
 from tests.service.engine.parts import Gate
 from tests.strategies import wire_call
+from tests.waiting import until
 
 from expertd.config import SETTINGS, Settings, add_flags, resolve
 from expertd_wire.codec import encode_forward_call

@@ -10,11 +10,11 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from tests.door.probing import until
 from tests.e2e.local import Local
 from tests.e2e.servers import in_process
 from tests.service.engine.parts import Gate
 from tests.strategies import torch_tensor, wire_call
+from tests.waiting import until
 
 from expertd_wire.codec import decode_forward_reply, encode_forward_call
 from expertd_wire.messages import ForwardReply

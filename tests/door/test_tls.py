@@ -6,7 +6,7 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import grpc
 import httpx
 import pytest
 from tests.e2e.servers import Server, expertd, serving
+from tests.waiting import until
 
 from expertd_client import Client
 
@@ -118,13 +119,6 @@ def served_serial(address: str, made: ssl.SSLContext) -> str:
         shown = wrapped.getpeercert()
     assert shown is not None
     return str(shown["serialNumber"])
-
-
-def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def test_replaced_certificates_are_served_and_broken_ones_are_not(

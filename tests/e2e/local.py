@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +49,3 @@ class Local:
         for thread in threads:
             thread.start()
         return threads
-
-    @staticmethod
-    def until(done: Callable[[], bool]) -> None:
-        """Waits for what another thread is about to do."""
-        end = time.monotonic() + 20
-        while not done():
-            assert time.monotonic() < end
-            time.sleep(0.01)

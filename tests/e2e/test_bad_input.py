@@ -13,6 +13,7 @@ import torch
 from tests.e2e.local import Local
 from tests.e2e.servers import PORTS, expertd, in_process
 from tests.service.weights.files import HIDDEN, edit_json, edit_tensors, qwen
+from tests.waiting import until
 
 from expertd.engine.resident import LayerState
 from expertd.weights.checkpoint import Checkpoint
@@ -94,7 +95,7 @@ def test_a_bad_layer_fails_by_name_and_the_other_is_served(case: str, tmp_path: 
     with in_process("--model", f"m={root}") as (app, addresses):
         assert not app.wait_ready()
         local = Local(app, addresses)
-        local.until(lambda: app.residents.get("m", 0).state is LayerState.READY)
+        until(lambda: app.residents.get("m", 0).state is LayerState.READY)
         fields: dict[str, Any] = {
             "model": "m",
             "hidden_states": torch.ones(2, HIDDEN),
@@ -120,7 +121,7 @@ def test_a_layer_that_is_mended_loads_while_the_other_serves(tmp_path: Path) -> 
         assert not app.wait_ready()
         (root / SHARDS[1]).write_bytes(whole)
         app.steward.load("m", [1])
-        Local.until(lambda: app.residents.get("m", 1).state is LayerState.READY)
+        until(lambda: app.residents.get("m", 1).state is LayerState.READY)
         assert app.residents.get("m", 1).spec == layer_specs(Checkpoint.open(root))[1]
 
 

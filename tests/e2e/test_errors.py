@@ -15,6 +15,7 @@ from tests.e2e.asking import PROTOCOLS, Answer, raw_grpc
 from tests.e2e.local import Local
 from tests.e2e.servers import Server
 from tests.service.engine.parts import Gate
+from tests.waiting import until
 
 from expertd.backends.base import Batch
 from expertd.engine.resident import LayerState
@@ -109,7 +110,7 @@ def test_overload(local: Local, protocol: str) -> None:
     waiting = local.in_background(1)
     assert gate.entered.wait(10)
     waiting += local.in_background(2)
-    local.until(lambda: local.echo.queued_tokens == 4)
+    until(lambda: local.echo.queued_tokens == 4)
     answer = local.ask(protocol)
     assert_error(answer, "RESOURCE_EXHAUSTED", "OVERLOADED", "4 tokens are queued .*retry")
     gate.opened.set()
@@ -149,7 +150,7 @@ def test_draining(local: Local, protocol: str) -> None:
     assert gate.entered.wait(10)
     drain = threading.Thread(target=local.app.engine.drain, args=(10,))
     drain.start()
-    local.until(lambda: local.app.engine.draining)
+    until(lambda: local.app.engine.draining)
     answer = local.ask(protocol)
     assert_error(answer, "UNAVAILABLE", "UNAVAILABLE", "draining; retry elsewhere")
     gate.opened.set()
@@ -176,12 +177,12 @@ def test_a_dead_executor_is_not_healthy_and_never_a_hang(local: Local, protocol:
     channel = grpc.insecure_channel(local.addresses.grpc)
     check = health_pb2_grpc.HealthStub(channel).Check
     serving = health_pb2.HealthCheckResponse.SERVING
-    local.until(lambda: check(health_pb2.HealthCheckRequest()).status == serving)
+    until(lambda: check(health_pb2.HealthCheckRequest()).status == serving)
     local.script(die)
     for _ in range(2):
         answer = local.ask(protocol)
         assert_error(answer, "UNAVAILABLE", "UNAVAILABLE", "its executor died")
-    local.until(lambda: check(health_pb2.HealthCheckRequest()).status != serving)
+    until(lambda: check(health_pb2.HealthCheckRequest()).status != serving)
     assert httpx.get(f"{http}/healthz", trust_env=False).status_code == 503
     ready = httpx.get(f"{http}/readyz", trust_env=False)
     assert ready.status_code == 503

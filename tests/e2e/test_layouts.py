@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from tests.e2e.local import Local
 from tests.e2e.servers import Server, in_process, serving
 from tests.e2e.test_metrics import scrape, value
 from tests.service.weights.files import HIDDEN, qwen
+from tests.waiting import until
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from expertd.backends.base import Backend
@@ -116,7 +116,7 @@ def reload(server: Server, client: Client, held: float) -> None:
     admin(server, "UnloadLayers", pb.UnloadLayersRequest(model="m", layers=[1]))
     assert client.layer("m", 1).state == "unloaded" and weights_bytes(server) == held / 2
     admin(server, "LoadLayers", pb.LoadLayersRequest(model="m", layers=[1]))
-    Local.until(lambda: client.layer("m", 1).state == "ready")
+    until(lambda: client.layer("m", 1).state == "ready")
     assert weights_bytes(server) == held
 
 
@@ -150,9 +150,9 @@ def test_a_layer_that_does_not_fit_fails_and_the_other_is_served(
     path = qwen(tmp_path / "m")
     with in_process("--model", f"m={path}") as (app, addresses), Client(addresses.grpc) as client:
         assert not app.wait_ready()
-        Local.until(lambda: client.layer("m", 0).state == "ready")
+        until(lambda: client.layer("m", 0).state == "ready")
         client.call("m", 0, ROWS, **TOPK)
-        Local.until(lambda: client.layer("m", 1).state == "failed")
+        until(lambda: client.layer("m", 1).state == "failed")
         with pytest.raises(LayerFailed, match="no room; --layers, --experts load less: CUDA out"):
             client.call("m", 1, ROWS, **TOPK)
 

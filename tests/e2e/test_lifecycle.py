@@ -19,6 +19,7 @@ import torch
 from tests.e2e.local import FLAGS, Local
 from tests.e2e.servers import MINUTE, PORTS, Server, expertd, in_process, serving
 from tests.service.engine.parts import Gate
+from tests.waiting import until
 
 from expertd.cli import main
 from expertd.engine.resident import LayerState
@@ -51,11 +52,11 @@ def test_draining_answers_what_was_accepted(local: Local) -> None:
     ]
     for call in calls:
         call.start()
-    local.until(lambda: gate.entered.is_set() and local.echo.queued_tokens == 2)
+    until(lambda: gate.entered.is_set() and local.echo.queued_tokens == 2)
     drained: list[bool] = []
     stop = threading.Thread(target=lambda: drained.append(local.app.stop()))
     stop.start()
-    local.until(lambda: local.app.engine.draining)
+    until(lambda: local.app.engine.draining)
     with httpx.Client(base_url=f"http://{local.addresses.http}", trust_env=False) as web:
         ready = web.get("/readyz")
         assert ready.status_code == 503 and ready.json()["missing"] == ["draining"]
@@ -84,13 +85,13 @@ def test_readiness_before_and_after(local: Local) -> None:
     url = f"http://{local.addresses.http}"
     local.echo.state = LayerState.LOADING
     with Client(local.addresses.grpc) as client:
-        local.until(lambda: not client.health())
+        until(lambda: not client.health())
         ready = httpx.get(f"{url}/readyz", trust_env=False)
         assert ready.status_code == 503
         assert ready.json() == {"ready": False, "missing": ["layer echo/0 is loading"]}
         assert httpx.get(f"{url}/healthz", trust_env=False).status_code == 200
         local.echo.state = LayerState.READY
-        local.until(lambda: client.health())
+        until(lambda: client.health())
     assert httpx.get(f"{url}/readyz", trust_env=False).json() == {"ready": True, "missing": []}
 
 
@@ -117,7 +118,7 @@ def test_a_layer_that_cannot_be_loaded_leaves_the_others(broken: Path) -> None:
     with in_process("--model", f"deep={broken}") as (app, addresses):
         assert not app.wait_ready()
         local = Local(app, addresses)
-        local.until(lambda: app.residents.get("deep", 1).state is LayerState.READY)
+        until(lambda: app.residents.get("deep", 1).state is LayerState.READY)
         fields: dict[str, Any] = {
             "model": "deep",
             "hidden_states": torch.ones(2, 256),

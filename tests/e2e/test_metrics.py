@@ -17,6 +17,7 @@ from tests.e2e.local import Local
 from tests.e2e.servers import Server
 from tests.service.engine.parts import Gate
 from tests.strategies import wire_call
+from tests.waiting import until
 
 from expertd_wire.codec import encode_forward_call
 from expertd_wire.methods import FORWARD
@@ -128,7 +129,7 @@ def test_what_runs_and_what_waits(local: Local) -> None:
     waiting = local.in_background(1)
     assert gate.entered.wait(10)
     waiting += local.in_background(1, "http")
-    local.until(lambda: local.echo.queued_tokens == 2)
+    until(lambda: local.echo.queued_tokens == 2)
     busy = scrape(local.addresses.http)
     assert value(busy, "expertd_inflight_requests") == 2
     assert value(busy, "expertd_queued_tokens") == 2
@@ -151,14 +152,14 @@ def test_rejections(local: Local, protocol: str) -> None:
     waiting = local.in_background(1)
     assert gate.entered.wait(10)
     assert local.ask(protocol, timeout=0.2).code == "DEADLINE_EXCEEDED"
-    local.until(lambda: rejected("deadline") == 1)
+    until(lambda: rejected("deadline") == 1)
     waiting += local.in_background(2)
-    local.until(lambda: local.echo.queued_tokens == 4)
+    until(lambda: local.echo.queued_tokens == 4)
     assert local.ask(protocol).reason == "OVERLOADED"
     assert rejected("queue_full") == 1
     drain = threading.Thread(target=local.app.stop)
     drain.start()
-    local.until(lambda: local.app.engine.draining)
+    until(lambda: local.app.engine.draining)
     assert local.ask(protocol).reason == "UNAVAILABLE"
     assert rejected("draining") == 1
     assert value(scrape(local.addresses.http), "expertd_draining") == 1
@@ -172,9 +173,9 @@ def leave_grpc(local: Local) -> None:
     call = wire_call(model="echo", hidden_states=torch.ones(1, 8))
     with grpc.insecure_channel(local.addresses.grpc) as channel:
         future: Any = channel.unary_unary(FORWARD).future(encode_forward_call(call))
-        local.until(lambda: local.echo.queued_tokens == 1)
+        until(lambda: local.echo.queued_tokens == 1)
         future.cancel()
-        local.until(lambda: local.echo.queued_tokens == 0)
+        until(lambda: local.echo.queued_tokens == 0)
 
 
 def leave_http(local: Local) -> None:
@@ -187,7 +188,7 @@ def leave_http(local: Local) -> None:
             timeout=0.3,
             trust_env=False,
         )
-    local.until(lambda: local.echo.queued_tokens == 0)
+    until(lambda: local.echo.queued_tokens == 0)
 
 
 @pytest.mark.parametrize("leave", [leave_grpc, leave_http])
@@ -197,8 +198,8 @@ def test_callers_who_leave(local: Local, leave: Any) -> None:
     assert gate.entered.wait(10)
     leave(local)
     name = "expertd_rejected_total"
-    local.until(lambda: value(scrape(local.addresses.http), name, reason="cancelled") == 1)
+    until(lambda: value(scrape(local.addresses.http), name, reason="cancelled") == 1)
     gate.opened.set()
     waiting[0].join(10)
     assert gate.batches == [2] and local.ask("grpc").code == "OK"
-    local.until(lambda: value(scrape(local.addresses.http), "expertd_inflight_requests") == 0)
+    until(lambda: value(scrape(local.addresses.http), "expertd_inflight_requests") == 0)
