@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from expertd.core import QuantScheme
 from expertd.weights.canonical import ExpertWeights
 from expertd.weights.matrix import Matrix, first_matrices, second_matrix
+from expertd.weights.storage import STORAGE
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of e2m1 by their three lower bits; the fourth is the sign."""
@@ -32,7 +34,7 @@ def first_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> Tensor:
         return weights.packed.first(expert).to(dtype)
     if weights.w13.dtype == dtype:
         return weights.w13[expert]
-    return torch.cat([dequantize_matrix(m).to(dtype) for m in first_matrices(weights, expert)])
+    return _dequantized(first_matrices(weights, expert), dtype)
 
 
 def second_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> Tensor:
@@ -41,7 +43,34 @@ def second_to(weights: ExpertWeights, expert: int, dtype: torch.dtype) -> Tensor
         return weights.packed.second(expert).to(dtype)
     if weights.w2.dtype == dtype:
         return weights.w2[expert]
-    return dequantize_matrix(second_matrix(weights, expert)).to(dtype)
+    return _dequantized([second_matrix(weights, expert)], dtype)
+
+
+def _dequantized(matrices: Sequence[Matrix], dtype: torch.dtype) -> Tensor:
+    """Matrices one below the other; on a CPU by pieces whose float32 stays in its cache."""
+    codes = matrices[0].codes
+    rows = PIECE_ROWS if codes.device.type == "cpu" else len(codes)
+    pieces = [piece for matrix in matrices for piece in _pieces(matrix, rows)]
+    heights = [len(piece.codes) for piece in pieces]
+    out = torch.empty(sum(heights), matrices[0].columns, dtype=dtype, device=codes.device)
+    for piece, target in zip(pieces, torch.split(out, heights), strict=True):
+        target.copy_(dequantize_matrix(piece))
+    return out
+
+
+PIECE_ROWS = 64
+"""Divides the height of every block of scales. Larger temporaries than a cache are slow, and slower
+still where freed memory goes back to the system, as a server's does."""
+
+
+def _pieces(matrix: Matrix, rows: int) -> Iterator[Matrix]:
+    """So many rows at a time, with their scales."""
+    height = STORAGE[matrix.quant].block[0]
+    for begin in range(0, len(matrix.codes), rows):
+        codes, scale = matrix.codes[begin : begin + rows], matrix.scale
+        if scale is not None and height:
+            scale = scale[begin // height : -(-(begin + len(codes)) // height)]
+        yield replace(matrix, codes=codes, scale=scale)
 
 
 def dequantize_matrix(matrix: Matrix) -> Tensor:
@@ -139,16 +168,8 @@ def _pairs_looked_up(values: tuple[float, ...], packed: Tensor) -> Tensor:
 
 
 def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
-    """The entry of a table [256] for each byte, a piece at a time: indices take four times more."""
-    flat = codes.reshape(-1)
-    found = torch.empty(len(flat), dtype=table.dtype, device=flat.device)
-    for part, out in zip(torch.split(flat, PIECE), torch.split(found, PIECE), strict=True):
-        torch.index_select(table, 0, part.int(), out=out)
-    return found.view(codes.shape)
-
-
-PIECE = 1 << 18
-"""Bytes looked up at once: their indices stay in a processor's cache."""
+    """The entry of a table [256] for each byte."""
+    return table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
 _DEQUANTIZERS: dict[QuantScheme, Callable[[Matrix], Tensor]] = {
