@@ -29,7 +29,7 @@ from expertd.backends.base import Batch
 from expertd.backends.triton.backend import Triton, card_of
 from expertd.backends.triton.launch import Call
 from expertd.backends.triton.shared import need
-from expertd.backends.triton.tiles import Cut, Tile, an_expert, by_rule, in_loop
+from expertd.backends.triton.tiles import Cut, Tile, an_expert, by_rule
 from expertd.capability.rows.triton import ROWS
 from expertd.proof.run import relative_error
 from expertd.weights.canonical import ExpertWeights
@@ -122,22 +122,15 @@ class Search:
         self.backend.check()
         self.backend.prepare_weights(weights, None)
 
-    def tiles(self, m: int, second: bool, loose: bool) -> list[Tile]:
+    def tiles(self, m: int, second: bool) -> list[Tile]:
         native = self.backend._native
         matrix = native.second if second else native.first
         blocks = matrix.kind == "groups" or matrix.format.group == 128
         halves = 2 if self.shape.spec.activation.gated and not second else 1
         kind = Kind(matrix.fp8, matrix.format.packed == 2, blocks, halves)
-        card, late = card_of(DEVICE), in_loop(loose, native.first)
-        return [
-            tile
-            for tile in candidates(m, kind)
-            if need(tile, matrix, halves, late, card) <= card.shared
-        ]
-
-    def cut(self, loose: bool, tile: Tile) -> Cut:
-        """The tile for both GEMMs; loose: blocks of one pair."""
-        return Cut(not loose, in_loop(loose, self.backend._native.first), tile, tile)
+        card = card_of(DEVICE)
+        fitting = (t for t in candidates(m, kind) if need(t, matrix, halves, card) <= card.shared)
+        return list(fitting)
 
     def call(self, batch: Batch, cut: Cut, second: bool) -> Call:
         assert batch.ids is not None
@@ -163,6 +156,11 @@ def by_time(found: Found) -> float:
     return found.us
 
 
+def both(loose: bool, tile: Tile) -> Cut:
+    """The tile for both GEMMs; loose: blocks of one pair."""
+    return Cut(not loose, loose, tile, tile)
+
+
 def compile_all(shapes: Sequence[str], jobs: int, tokens: Sequence[int]) -> None:
     """Every kernel of the search, compiled into Triton's cache by processes side by side."""
     context = multiprocessing.get_context("spawn")
@@ -179,7 +177,7 @@ def _compile_part(name: str, tokens: tuple[int, ...], part: int, parts: int) -> 
     jobs = sorted(set(_kernels(shape, search, tokens)), key=str)
     for _, loose, second, tile in jobs[part::parts]:
         batch = random_batches(few, 1 if loose else 64, 1, DEVICE)[0]
-        call = search.call(batch, search.cut(loose, tile), second)
+        call = search.call(batch, both(loose, tile), second)
         try:
             call.compile()
         except Exception as error:  # a tile that this card cannot run is no candidate
@@ -193,7 +191,7 @@ def _kernels(
     for count in tokens:
         for m in heights(count * shape.top_k, shape.spec.held):
             for second in (False, True):
-                for tile in search.tiles(m, second, count == 1):
+                for tile in search.tiles(m, second):
                     yield m, count == 1, second, tile
 
 
@@ -214,7 +212,7 @@ def search(shape: Shape, tokens: Sequence[int], seconds: float) -> Iterator[dict
         batches = random_batches(shape, count, 8 if count < 256 else 2, DEVICE)
         tiles = [_best(found, batches, second, seconds) for second in (False, True)]
         print(shape.name, count, [astuple(tile) for tile in tiles], flush=True)
-        cut = replace(found.cut(count == 1, tiles[0]), second=tiles[1])
+        cut = replace(both(count == 1, tiles[0]), second=tiles[1])
         yield {
             "work": asdict(found.backend._work),
             "pairs": count * shape.top_k,
@@ -239,8 +237,8 @@ def _fastest(
     search: Search, batches: Sequence[Batch], m: int, second: bool, seconds: float
 ) -> Found:
     found = []
-    for tile in search.tiles(m, second, len(batches[0].rows) == 1):
-        calls = [search.call(b, search.cut(len(b.rows) == 1, tile), second) for b in batches]
+    for tile in search.tiles(m, second):
+        calls = [search.call(b, both(len(b.rows) == 1, tile), second) for b in batches]
         found.append(Found(tile, timed(calls, seconds)))
     near = sorted(found, key=by_time)[:4]
     print("   ", second, [(astuple(one.tile), round(one.us, 1)) for one in near], flush=True)
@@ -252,7 +250,7 @@ def _fastest(
     grouped = []
     for together in (1, 2, 4, 8, 16):
         tile = replace(best.tile, together=together)
-        calls = [search.call(b, search.cut(len(b.rows) == 1, tile), second) for b in batches]
+        calls = [search.call(b, both(len(b.rows) == 1, tile), second) for b in batches]
         grouped.append(Found(tile, timed(calls, seconds)))
     return min(grouped, key=by_time)
 

@@ -214,7 +214,7 @@ def test_many_callers_get_their_own_rows_from_every_backend() -> None:
             make = (topk_call, logits_call)[turn % 2]
             name = names[turn % len(names)]
             asked = make(random, tokens % 300 + 1, backend=name)
-            checked = replace(asked, backend="reference", reply_dtype="float32")
+            checked = asked._replace(backend="reference", reply_dtype="float32")
             found, truth = (
                 torch_tensor(engine.submit(c, "test", None).future.result(30).output)
                 for c in (asked, checked)

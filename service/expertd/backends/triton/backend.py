@@ -79,12 +79,13 @@ class Triton(Backend):
         sites = self._sites(batch.ids, batch.weights, cut, memory)
         matrix, second = self._native.first, self._native.second
         rows = prepared(batch, matrix, _of(memory, "rows"), cut.in_loop, cut.sorted)
-        inner = self._inner(cut, memory)
+        inner = self._inner(memory)
         late = second.kind == "rows"
         made = Rows(memory["plain"]) if late else inner
-        kind = "plain" if inner.plain else second.kind
         gated = self.spec.activation.gated
-        first = first_call(sites[0], matrix, cut.first, rows, made, kind, self._activation, gated)
+        first = first_call(
+            sites[0], matrix, cut.first, rows, made, second.kind, self._activation, gated
+        )
         return first, second_call(sites[1], second, cut.second, inner, memory["parts"])
 
     def _cut(self, tokens: int, top_k: int) -> Cut:
@@ -97,17 +98,15 @@ class Triton(Backend):
         """Rows that have one scale each cannot be quantised tile by tile, in the first GEMM."""
         if self._native.second.kind != "rows":
             return
-        inner = self._inner(cut, memory)
+        inner = self._inner(memory)
         assert inner.scale is not None
         held = self.spec.held
         count = ends_of(memory["blocks"], memory["plain"].shape[0])[held:] if cut.sorted else None
         quantize_rows(memory["plain"], inner.values, inner.scale, count=count)
 
-    def _inner(self, cut: Cut, memory: Memory) -> Rows:
+    def _inner(self, memory: Memory) -> Rows:
         """Where the second GEMM's input lies."""
         second, parts = self._native.second, _of(memory, "inner")
-        if second.kind == "groups" and cut.in_loop:
-            return Rows(memory["plain"], plain=True)
         scale = second.rows_scale if second.kind == "fixed" else parts.get("scale")
         return Rows(parts["codes"], scale, split=second.format.packed == 2)
 
@@ -131,7 +130,7 @@ class Triton(Backend):
         if not used_as_they_are(first, cut.in_loop):
             yield from _named("rows", row_shapes(first.kind, tokens, spec.hidden, compute))
         yield from _named("inner", row_shapes(second.kind, pairs, spec.intermediate, compute))
-        if second.kind == "rows" or (second.kind == "groups" and cut.in_loop):
+        if second.kind == "rows":
             yield "plain", (compute, (pairs, spec.intermediate))
         yield "parts", (compute, (pairs, spec.hidden))
 

@@ -57,15 +57,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A GEMM's input [R, K] and its scales; split: its even columns lie before its odd ones.
-
-    plain: it is still to be quantised, to groups, inside the GEMM.
-    """
+    """A GEMM's input [R, K] and its scales; split: its even columns lie before its odd ones."""
 
     values: Tensor
     scale: Tensor | None = None
     split: bool = False
-    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +153,7 @@ def _arguments(
         "FORMAT": form.name,
         "GROUP": form.group,
         "SCALE": form.scale,
-        "ROWS": "to_groups" if rows.plain else ROWS[matrix.kind],
+        "ROWS": ROWS[matrix.kind],
         "SPLIT": rows.split,
         "COMPUTE": LANGUAGE[torch.float8_e4m3fn if matrix.fp8 else compute],
         "M": tile.m,

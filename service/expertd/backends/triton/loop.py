@@ -5,7 +5,7 @@ FORMAT  how the weights are stored: "plain" is multiplied as it is (bf16, fp16, 
 GROUP   how many neighbours along K share a weight scale in the loop: 0 none, 128 blocks (128 rows
         share them too, the sum is scaled), 16 or 32 groups (the values are scaled)
 ROWS    what the rows are: "plain" (cast to COMPUTE), "fp8" (scaled after the loop, if at all),
-        "fp8_groups" (a scale for 128 neighbours), "to_groups" (made so here, from plain rows)
+        "fp8_groups" (a scale for 128 neighbours)
 SPLIT   rows of packed weights: whether the even columns lie before the odd ones in memory
 MAPPED  whether the weights come as a tensor map, which the copy engine of SM90 and later reads;
 ROW_MAP the same of the rows, which then are neighbours in memory
@@ -20,7 +20,6 @@ import triton.language as tl
 
 from expertd.backends.triton.decode import decode, decode_pair, decode_scale, times_groups
 from expertd.backends.triton.dot import multiply, nothing, rounded, scaled
-from expertd.backends.triton.quantize import quantized
 
 
 @triton.jit
@@ -71,9 +70,8 @@ def accumulate(
         next_block = _block_scale(scale_ptr, begin, ahead, width, GROUP)
         next_other = _block_scale(scale_ptr + half_scales, begin, ahead, width, GROUP)
         next_row = _row_scale(row_scale_ptr, row, ahead, width, ROWS)
-        even, odd, row_scale = _step_rows(
-            rows_ptr, row_scale, row, there, row_begin, k, width,
-            FORMAT, ROWS, SPLIT, COMPUTE, K, EVEN, ROW_MAP,
+        even, odd = _step_rows(
+            rows_ptr, row, there, row_begin, k, width, FORMAT, SPLIT, COMPUTE, K, EVEN, ROW_MAP
         )  # fmt: skip
         first = _add(
             first, even, odd, row_scale, weight_ptr, scale_ptr, block, top, n, begin, k, width,
@@ -91,11 +89,11 @@ def accumulate(
 
 @triton.jit
 def _step_rows(
-    rows_ptr, row_scale, row, there, row_begin, k, width,
-    FORMAT: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
+    rows_ptr, row, there, row_begin, k, width,
+    FORMAT: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
     K: tl.constexpr, EVEN: tl.constexpr, ROW_MAP: tl.constexpr,
 ):  # fmt: skip
-    """A step's rows, their even and odd columns where weights come in such pairs, their scales."""
+    """A step's rows: their even and odd columns where weights come in such pairs."""
     if FORMAT == "e2m1" or FORMAT == "int4":
         even, odd = _row_pairs(
             rows_ptr, row, there, row_begin, k, width, SPLIT, COMPUTE, K, EVEN, ROW_MAP
@@ -103,12 +101,9 @@ def _step_rows(
     else:
         place = [row_begin, k]
         even = rows_ptr.load(place) if ROW_MAP else _tile(rows_ptr, row, k, width, K, EVEN)
-        if ROWS == "to_groups":
-            even, row_scale = quantized(even.to(tl.float32))
-        else:
-            even = rounded(even, COMPUTE)
+        even = rounded(even, COMPUTE)
         odd = even
-    return even, odd, row_scale
+    return even, odd
 
 
 @triton.jit
@@ -182,13 +177,8 @@ def scales_of_row(ptr, width, GROUP: tl.constexpr):
 @triton.jit
 def _row_scale(ptr, row, k, width, ROWS: tl.constexpr):
     """A step's scales of the rows [M], where 128 columns share one."""
-    if ROWS == "fp8_groups":
-        scale = tl.load(ptr + row * ((width + 127) // 128) + k // 128)
-    elif ROWS == "to_groups":
-        scale = row.to(tl.float32)
-    else:
-        scale = 1.0
-    return scale
+    place = row * ((width + 127) // 128) + k // 128
+    return tl.load(ptr + place) if ROWS == "fp8_groups" else 1.0
 
 
 @triton.jit

@@ -35,9 +35,8 @@ def shapes(kind: Kind, rows: int, width: int, compute: torch.dtype) -> dict[str,
 
 
 def used_as_they_are(matrix: Matrix, in_loop: bool) -> bool:
-    """Whether a matrix reads a call's rows where they lie; in_loop goes for those that can be."""
-    plain = matrix.kind == "plain"
-    return (in_loop and (plain or matrix.kind == "groups")) or (plain and matrix.format.packed == 1)
+    """Whether a matrix reads a call's rows where they lie; in_loop: split there, if need be."""
+    return matrix.kind == "plain" and (in_loop or matrix.format.packed == 1)
 
 
 def prepared(batch: Batch, matrix: Matrix, buffers: Buffers, in_loop: bool, beside: bool) -> Rows:
@@ -49,7 +48,7 @@ def prepared(batch: Batch, matrix: Matrix, buffers: Buffers, in_loop: bool, besi
     if batch.row_scales is not None:
         return _given(batch, matrix)
     if used_as_they_are(matrix, in_loop):
-        return Rows(rows, plain=matrix.kind == "groups")
+        return Rows(rows)
     return PREPARE[matrix.kind](rows, matrix, buffers, beside)
 
 

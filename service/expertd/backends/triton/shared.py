@@ -32,14 +32,14 @@ def fitted(cut: Cut, first: Matrix, second: Matrix, gated: bool, card: Card) -> 
     """The cut, or one that comes nearest to it and fits the card's shared memory."""
     return replace(
         cut,
-        first=_fitted(cut.first, first, 2 if gated else 1, cut.in_loop, card),
-        second=_fitted(cut.second, second, 1, cut.in_loop, card),
+        first=_fitted(cut.first, first, 2 if gated else 1, card),
+        second=_fitted(cut.second, second, 1, card),
     )
 
 
-def _fitted(tile: Tile, matrix: Matrix, halves: int, in_loop: bool, card: Card) -> Tile:
+def _fitted(tile: Tile, matrix: Matrix, halves: int, card: Card) -> Tile:
     tried = (tile, *_smaller(tile, matrix))
-    fitting = (one for one in tried if need(one, matrix, halves, in_loop, card) <= card.shared)
+    fitting = (one for one in tried if need(one, matrix, halves, card) <= card.shared)
     return next(fitting, tried[-1])
 
 
@@ -57,33 +57,28 @@ def _smaller(tile: Tile, matrix: Matrix) -> Iterator[Tile]:
         yield tile
 
 
-def need(tile: Tile, matrix: Matrix, halves: int, in_loop: bool, card: Card) -> int:
+def need(tile: Tile, matrix: Matrix, halves: int, card: Card) -> int:
     """Bytes of shared memory, at most, of a GEMM over so many halves of a matrix."""
     # What the tensor cores read by themselves is not free before they are done: one more buffer.
     waits = card.overlaps and (tile.m >= 64 or tile.swapped)
     buffers = tile.stages if waits else max(tile.stages - 1, 1)
-    loop = buffers * _step(tile, matrix, halves, in_loop) + _remade(tile, matrix, in_loop)
+    # Decoded weights pass through it where the tensor cores do not take them from registers.
+    decoded = 0 if matrix.format.name == "plain" else 2 * tile.n * tile.k
+    loop = buffers * _step(tile, matrix, halves) + decoded
     # After the loop its memory is free for the sums, on their way to the threads that store them.
     turned = tile.m * tile.n * 9 // 2
     return max(loop, turned) + BESIDE
 
 
-def _step(tile: Tile, matrix: Matrix, halves: int, in_loop: bool) -> int:
-    """Bytes of rows and weights that a step of the loop loads."""
-    row_bytes = 1 if matrix.fp8 and not _quantises(matrix, in_loop) else 2
-    stored = matrix.weight.element_size()
-    weights = halves * tile.n * tile.k * stored // matrix.format.packed
-    return tile.m * tile.k * row_bytes + weights
-
-
-def _remade(tile: Tile, matrix: Matrix, in_loop: bool) -> int:
-    """Bytes of what a step makes anew between loading and multiplying."""
-    decoded = 2 * tile.n * tile.k if matrix.format.name != "plain" else 0
-    return decoded + (2 * tile.m * tile.k if _quantises(matrix, in_loop) else 0)
-
-
-def _quantises(matrix: Matrix, in_loop: bool) -> bool:
-    return in_loop and matrix.kind == "groups"
+def _step(tile: Tile, matrix: Matrix, halves: int) -> int:
+    """Bytes of rows, of weights and of groups' scales that a step of the loop loads."""
+    form, values = matrix.format, halves * tile.n * tile.k
+    rows = tile.m * tile.k * (1 if matrix.fp8 else 2)
+    weights = values * matrix.weight.element_size() // form.packed
+    if form.group in (0, 128):
+        return rows + weights
+    assert matrix.scale is not None
+    return rows + weights + values // form.group * matrix.scale.element_size()
 
 
 def _of_blocks(matrix: Matrix) -> bool:

@@ -38,8 +38,8 @@ class Tile:
 class Cut:
     """The tiles of both GEMMs.
 
-    sorted: pairs are sorted by expert; else each is a block of its own. in_loop: rows are quantised
-    to groups, or split, inside the GEMMs and not before them; other kinds of rows never are.
+    sorted: pairs are sorted by expert; else each is a block of its own. in_loop: the rows of packed
+    weights are split into even and odd columns inside the first GEMM and not before it.
     """
 
     sorted: bool
@@ -129,12 +129,7 @@ def by_rule(pairs: int, held: int, first: Matrix, second: Matrix, tokens: int) -
     highest = 64 if first.format.group == 128 and not first.fp8 else 128
     m = next((size for size in (16, 32, 64) if each <= 0.75 * size), highest)
     loose = tokens == 1
-    return Cut(not loose, in_loop(loose, first), _by_rule(first, m), _by_rule(second, m))
-
-
-def in_loop(loose: bool, first: Matrix) -> bool:
-    """Whether rows get their form inside the GEMMs: splitting them is cheap, and saves a kernel."""
-    return loose and first.kind != "groups"
+    return Cut(not loose, loose, _by_rule(first, m), _by_rule(second, m))
 
 
 def _by_rule(matrix: Matrix, m: int) -> Tile:
