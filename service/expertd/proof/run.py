@@ -148,7 +148,7 @@ def random_weights(spec: LayerSpec, random: torch.Generator, device: torch.devic
     w13 = torch.randn(spec.held, spec.rows13, spec.hidden, generator=random) / spec.hidden**0.5
     w2 = torch.randn(spec.held, spec.hidden, spec.intermediate, generator=random)
     weights = quantize(w13, w2 / spec.intermediate**0.5, spec.quant, gated=spec.activation.gated)
-    return ExpertWeights(weights.quant, **{n: t.to(device) for n, t in weights.tensors.items()})
+    return ExpertWeights.of(weights.quant, {n: t.to(device) for n, t in weights.tensors.items()})
 
 
 def _batch(

@@ -28,8 +28,9 @@ order fails; dequant.py reads both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +66,11 @@ class ExpertWeights:
     bias13: Tensor | None = None
     bias2: Tensor | None = None
     packed: Packed | None = None
+
+    @classmethod
+    def of(cls, quant: QuantScheme, tensors: Mapping[str, Any]) -> ExpertWeights:
+        """From tensors by their fields."""
+        return cls(quant, **tensors)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def allocate(
         field: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         for field, (dtype, shape) in parts.items()
     }
-    return ExpertWeights(spec.quant, **tensors)
+    return ExpertWeights.of(spec.quant, tensors)
 
 
 def halves_of(weights: ExpertWeights) -> int:
@@ -95,4 +95,4 @@ def stack(experts: Sequence[tuple[Sequence[Matrix], Matrix]]) -> ExpertWeights:
             first = [torch.cat([half.parts[part] for half in halves]) for halves, _ in experts]
             tensors[field13] = torch.stack(first)
             tensors[field2] = torch.stack([down.parts[part] for _, down in experts])
-    return ExpertWeights(experts[0][1].quant, **tensors)
+    return ExpertWeights.of(experts[0][1].quant, tensors)

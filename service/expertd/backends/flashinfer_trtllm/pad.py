@@ -48,7 +48,7 @@ def pad(weights: ExpertWeights, spec: LayerSpec, sizes: Sizes) -> ExpertWeights:
         else tensor
         for field, tensor in weights.tensors.items()
     }
-    return ExpertWeights(weights.quant, **named)
+    return ExpertWeights.of(weights.quant, named)
 
 
 def _grown(field: str, tensor: Tensor, spec: LayerSpec, sizes: Sizes) -> Tensor:
