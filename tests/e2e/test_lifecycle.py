@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import struct
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,30 @@ def test_a_signal_drains_and_exits_0(home: Path, number: signal.Signals) -> None
         assert server.process.stdout is not None
         assert server.process.stdout.read() == "", "stdout carries the one line only"
         assert "Traceback" not in server.log.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells who waits")
+def test_no_thread_but_grpcs_own_waits_for_its_sockets(home: Path) -> None:
+    """As gRPC comes, each call wakes three of its event engine's threads besides."""
+    rows, calls = np.ones((1, 64), np.float32), 200
+    with serving(home, "--identity", "echo=64") as server, Client(server.grpc) as client:
+        client.forward("echo", 0, rows)
+        before = _waits_of_event_engine(server.process.pid)
+        for _ in range(calls):
+            client.forward("echo", 0, rows)
+        assert _waits_of_event_engine(server.process.pid) - before < calls
+
+
+def _waits_of_event_engine(pid: int) -> int:
+    """How often its threads have given up the processor because they had nothing to do."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    engines = [t for t in threads if (t / "comm").read_text().startswith("event_engine")]
+    told = [re.search(r"^voluntary_ctxt_switches:\s(\d+)", _status(t), re.M) for t in engines]
+    return sum(int(found[1]) for found in told if found)
+
+
+def _status(thread: Path) -> str:
+    return (thread / "status").read_text()
 
 
 def test_draining_answers_what_was_accepted(local: Local) -> None:

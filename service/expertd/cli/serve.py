@@ -34,6 +34,15 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 """glibc's mallopt(): larger pieces go back to the system when they are freed, messages of usual
 size stay for the next one (docs/benchmarks, memory-of-messages)."""
 
+LIBRARIES = {
+    # Compute threads must not spin while they wait.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # The thread that handles gRPC's events waits for the sockets itself, instead of being woken by
+    # another one that does: a seventh of a small call (docs/benchmarks, rpc-cpu).
+    "GRPC_EXPERIMENTS": "-event_engine_listener",
+}
+"""Variables that libraries read when they are imported; whoever sets them otherwise is obeyed."""
+
 SNIPPET = """\
 from expertd_client import Client
 import numpy as np
@@ -59,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     set_up(resolved.settings.log)
     for name in unknown_variables(os.environ):
         log.warning("variable %s names no setting; --print-config lists them all", name)
-    # Compute threads must not spin while they wait; libgomp reads this when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in LIBRARIES.items():
+        os.environ.setdefault(name, value)
     return serve(resolved.settings)
 
 

@@ -1,7 +1,7 @@
 """The gRPC server: services, health, reflection, limits, the door.
 
-The sync server: with large messages it answers faster than grpc's aio server and spends less
-(docs/benchmarks has the numbers), and its handler threads only wait for the executor.
+The sync server: small calls of a lone caller cost it less than grpc's aio server (docs/benchmarks),
+and its handler threads only wait for the executor.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from grpc_reflection.v1alpha import reflection
 
 from expertd.transport.auth import Guard
 from expertd.transport.door import GrpcDoor
-from expertd.transport.tls import TlsFiles, grpc_credentials
+from expertd.transport.grpc_tls import grpc_credentials
+from expertd.transport.tls import TlsFiles
 from expertd.transport.workers import Health, Refuser, Service, Workers
 from expertd_wire.methods import MESSAGE_SLACK_BYTES
 
 MOST_REFUSALS = 1024
-"""How many calls may wait to be refused; beyond that gRPC refuses, in its own words."""
+"""How many calls may be refused at once; beyond that gRPC refuses, in its own words."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,11 @@
-"""TLS for both servers, from files that may be replaced while they are in use."""
+"""TLS from files that may be replaced while they are in use."""
 
 from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import grpc
 
 from expertd.errors import InvalidArgument
 
@@ -51,28 +48,6 @@ def ssl_context(tls: TlsFiles) -> ssl.SSLContext:
         context.load_verify_locations(tls.client_ca)
         context.verify_mode = ssl.CERT_REQUIRED
     return context
-
-
-def grpc_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    """Credentials of the gRPC server that follow the files."""
-    return grpc.dynamic_ssl_server_credentials(
-        _configuration(tls), _fetcher(tls), require_client_authentication=bool(tls.client_ca)
-    )
-
-
-def _configuration(tls: TlsFiles) -> grpc.ServerCertificateConfiguration:
-    certificate, key, ca = tls.read()
-    return grpc.ssl_server_certificate_configuration(((key, certificate),), root_certificates=ca)
-
-
-def _fetcher(tls: TlsFiles) -> Callable[[], grpc.ServerCertificateConfiguration | None]:
-    """Called at each handshake: the new configuration if a file changed, else None."""
-    reload = Reload(tls)
-
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        return _configuration(tls) if reload.due() else None
-
-    return fetch
 
 
 class Reload:
