@@ -254,10 +254,15 @@ def resolve(flags: argparse.Namespace, environment: Mapping[str, str]) -> Resolv
     return Resolved(Settings(**values), origins)
 
 
+KUBERNETES = ("EXPERTD_PORT", "EXPERTD_SERVICE_")
+"""How the variables begin that every container gets beside a service by the name of expertd."""
+
+
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables that look like settings and are none: a slip, or another program's."""
     known = {"EXPERTD_CONFIG", *(setting.variable for setting in SETTINGS)}
-    return sorted(name for name in environment if name.startswith("EXPERTD_") and name not in known)
+    ours = (name for name in environment if name.startswith("EXPERTD_"))
+    return sorted(name for name in ours if name not in known and not name.startswith(KUBERNETES))
 
 
 def _find(

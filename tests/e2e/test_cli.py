@@ -83,11 +83,14 @@ def test_a_bad_config_exits_2(home: Path, text: str, words: str) -> None:
 
 
 def test_a_variable_that_is_no_setting_is_told(home: Path) -> None:
-    variables = environment(home) | {"EXPERTD_HTP_PORT": "8500"}
+    """But not what Kubernetes sets beside a service that is called expertd."""
+    kubernetes = {"EXPERTD_PORT": "tcp://10.0.0.1:8001", "EXPERTD_SERVICE_HOST": "10.0.0.1"}
+    variables = environment(home) | kubernetes | {"EXPERTD_HTP_PORT": "8500"}
     ended = subprocess.run(
         [*EXPERTD, "serve"], env=variables, capture_output=True, text=True, timeout=60
     )
     assert "EXPERTD_HTP_PORT names no setting" in ended.stderr and ended.returncode == 2
+    assert ended.stderr.count("names no setting") == 1
 
 
 FULL_DISK = """
