@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,15 @@ async def test_a_cancelled_call_is_taken_back() -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell started us in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_call_whose_thread_gives_up_is_taken_back() -> None:
     """Ctrl-C while a call is under way."""
     fleet, (rows, logits) = whole(1), drawn(2)
