@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
@@ -146,7 +146,11 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("max_call_tokens", number(1, 1 << 24), 65536, "most rows of one call", "ROWS"),
     Setting("max_batch_tokens", number(1, 1 << 24), 8192, "most rows of one launch", "ROWS"),
     Setting(
-        "batch_delay_us", number(0, 1e6), 0, "let a batch form so long at most", "MICROSECONDS"
+        "batch_delay_us",
+        number(0, 1_000_000),
+        0,
+        "let a batch form so long at most",
+        "MICROSECONDS",
     ),
     Setting("batch_invariant", parse_flag, False, "never merge calls: results never depend on it"),
     Setting("expert_rows", parse_flag, False, "show each expert's rows in /metrics"),
@@ -271,31 +275,39 @@ def _find(
     environment: Mapping[str, str],
     table: Mapping[str, Any],
     path: str | None,
-) -> tuple[Sequence[str] | None, str]:
-    """The texts given by the first source that has the setting, and that source's name."""
+) -> tuple[list[Any] | None, str]:
+    """What the first source gives that has the setting, and that source's name."""
     if (given := getattr(flags, setting.name)) is not None:
         return (given if setting.repeated else [given]), f"flag {setting.flag}"
     if (text := environment.get(setting.variable)) is not None:
         return (text.split(",") if setting.repeated else [text]), f"variable {setting.variable}"
     if setting.name in table:
         value = table[setting.name]
-        listed = value if isinstance(value, list) else [value]
-        return [_toml_text(item) for item in listed], f"{setting.name} in {path}"
+        return (value if isinstance(value, list) else [value]), f"{setting.name} in {path}"
     return None, "default"
 
 
-def _toml_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _parse(setting: Setting, texts: Sequence[str], origin: str) -> Any:
+def _parse(setting: Setting, given: list[Any], origin: str) -> Any:
     try:
-        parsed = tuple(setting.parse(text) for text in texts)
+        parsed = tuple(_value(setting, value) for value in given)
     except ValueError as error:
-        raise InvalidArgument(f"{origin}: {', '.join(texts)[:200]!r} given; {error}") from None
+        shown = ", ".join(map(str, given))[:200]
+        raise InvalidArgument(f"{origin}: {shown!r} given; {error}") from None
     if not setting.repeated and len(parsed) != 1:
         raise InvalidArgument(f"{origin}: one value is accepted")
     return parsed if setting.repeated else parsed[0]
+
+
+def _value(setting: Setting, given: Any) -> Any:
+    """What a text, or a TOML file's value, stands for: there 8 is no name, and 1 is not true."""
+    if isinstance(given, str):
+        return setting.parse(given)
+    parsed = setting.parse(str(given).lower() if isinstance(given, bool) else str(given))
+    if isinstance(parsed, bool) and parsed is not given:
+        raise ValueError("true or false is accepted")
+    if isinstance(parsed, str):
+        raise ValueError("a text in quotes is accepted")
+    return parsed
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING, NoReturn
 
-from expertd.config import Resolved, Settings, add_flags, resolve, unknown_variables
+from expertd.cli.settings_file import as_toml
+from expertd.config import Settings, add_flags, resolve, unknown_variables
 from expertd.logs import set_up
 from expertd.preflight import check_settings
 
@@ -29,10 +30,17 @@ SWITCH_SECONDS = 0.002
 
 Less costs every call on a busy machine (docs/benchmarks, switch-interval).
 """
-MMAP_BYTES, TRIM_BYTES = 2 << 20, 64 << 20
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-"""glibc's mallopt(): larger pieces go back to the system when they are freed, messages of usual
-size stay for the next one (docs/benchmarks, memory-of-messages)."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+MALLOC = {
+    # Larger pieces go back to the system when they are freed; a message, of which a pool's have
+    # 8 MiB, finds the memory of the one before.
+    M_MMAP_THRESHOLD: 16 << 20,
+    # So much of it stays at most, holes between pieces in use aside,
+    M_TRIM_THRESHOLD: 64 << 20,
+    # and it stays once, not once for each thread that ever held a message.
+    M_ARENA_MAX: 1,
+}
+"""What glibc's mallopt() is told (docs/benchmarks, memory-of-messages)."""
 
 LIBRARIES = {
     # Compute threads must not spin while they wait.
@@ -64,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     resolved = resolve(args, os.environ)
     if args.print_config:
-        return _print_config(resolved)
+        print("\n".join(as_toml(resolved)))
+        return 0
     set_up(resolved.settings.log)
     for name in unknown_variables(os.environ):
         log.warning("variable %s names no setting; --print-config lists them all", name)
@@ -119,15 +128,8 @@ def _announce(settings: Settings, addresses: Addresses) -> None:
 
 
 def _give_memory_back() -> None:
-    """Else glibc raises the size by itself, and each thread's heap keeps the most it ever held."""
+    """Else each thread's heap keeps the most it ever held, and message after message is new."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do without
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-        mallopt(M_TRIM_THRESHOLD, TRIM_BYTES)
-
-
-def _print_config(resolved: Resolved) -> int:
-    for name, origin in resolved.origins.items():
-        value = getattr(resolved.settings, name)
-        print(f"{name} = {json.dumps(value)}  # {origin}")
-    return 0
+        for parameter, value in MALLOC.items():
+            mallopt(parameter, value)
