@@ -1,4 +1,4 @@
-"""The check of ids and weights on a card: what the interpreter tests, and that no call compiles."""
+"""The checks of a batch on a card: what the interpreter tests, and that no call compiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.gpu.test_warm import compiled
 from tests.service.triton.topk_cases import *  # noqa: F403
 from tests.service.triton.topk_cases import DEVICE, SPECS, drawn
 
-from expertd.engine.checks import topk_check_on, warm_up_checks
+from expertd.engine.checks import CHECKED_LOGITS, checks_on, warm_up_checks
 
 
 @pytest.fixture
@@ -24,12 +24,18 @@ def seed() -> int:
 def test_no_call_compiles(seed: int) -> None:
     for spec in SPECS:
         warm_up_checks(spec, DEVICE)
+    told = checks_on("cuda")
     with compiled() as names:
         for spec in SPECS:
             for rows, top_k in ((1, 1), (3, 16), (300, 8)):
                 ids, weights = (tensor.to(DEVICE) for tensor in drawn(rows, top_k, seed))
                 for dtype in (torch.int32, torch.int64):
                     for partial in (False, True):
-                        topk_check_on("cuda")(ids.to(dtype), weights, spec, partial)
+                        told.topk(ids.to(dtype), weights, spec, partial)
+                for dtype in CHECKED_LOGITS:
+                    told.output(torch.zeros(rows, spec.hidden, dtype=dtype, device=DEVICE))
+                    logits = torch.zeros(rows, spec.num_experts, dtype=dtype, device=DEVICE)
+                    assert spec.routing is not None
+                    told.logits(logits, spec.routing.top_k)
     torch.cuda.synchronize()
     assert not names

@@ -7,8 +7,9 @@ the call it belongs to is refused when the codes come back.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from functools import cache
+import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,31 +20,57 @@ from expertd.routing.reference import logits_ok
 
 OK, BAD_LOGITS, OUT_OF_RANGE, DUPLICATE, BAD_WEIGHT, NOT_HELD = range(6)
 
-Check = Callable[[Tensor, Tensor, LayerSpec, bool], tuple[Tensor, Tensor]]
-
-TOPK_CHECKS = {
-    "cpu": "expertd.engine.checks:check_topk",
-    "cuda": "expertd.engine.checks_cuda:check_topk",
+CHECKS = {
+    "cpu": "expertd.engine.checks_cpu:HostChecks",
+    "cuda": "expertd.engine.checks_cuda:CardChecks",
 }
+CHECKED_LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
-def topk_check_on(device_type: str) -> Check:
-    """What checks ids and weights on devices of this type."""
-    module, _, name = TOPK_CHECKS[device_type].partition(":")
-    check: Check = getattr(importlib.import_module(module), name)
-    return check
+class RowChecks(Protocol):
+    """What is found out about the rows of one batch at a time, told when the batch is out."""
+
+    def begin(self) -> None:
+        """Forgets the batch before."""
+
+    def topk(self, ids_TK: Tensor, weights_TK: Tensor, spec: LayerSpec, partial: bool) -> Tensor:
+        """Harmless ids [T, K] int32 that are nobody else's; weights are float32."""
+
+    def logits(self, logits_TE: Tensor, top_k: int) -> Tensor:
+        """Harmless logits that are nobody else's."""
+
+    def output(self, out_TH: Tensor) -> None:
+        """Looks for rows of a result that are not finite."""
+
+    def codes(self) -> Sequence[int] | None:
+        """The fault code of each row that topk() or logits() saw; None if all are OK."""
+
+    def nonfinite(self) -> int:
+        """How many rows of the result hold NaN or infinity."""
+
+
+def checks_on(device_type: str) -> RowChecks:
+    """The checks of one batch at a time on devices of this type."""
+    module, _, name = CHECKS[device_type].partition(":")
+    made: RowChecks = getattr(importlib.import_module(module), name)()
+    return made
 
 
 def warm_up_checks(spec: LayerSpec, device: torch.device) -> None:
-    """Compiles the check for every dtype of ids, held or partial, so that no request has to."""
+    """Compiles the checks for every dtype there is, so that no request has to."""
+    checks = checks_on(device.type)
+    for dtype in CHECKED_LOGITS:
+        checks.output(torch.zeros(1, spec.hidden, dtype=dtype, device=device))
+        if spec.routing is not None:
+            logits = torch.zeros(1, spec.num_experts, dtype=dtype, device=device)
+            checks.logits(logits, spec.routing.top_k)
     if not spec.num_experts:
         return
     weights = torch.zeros(1, 1, device=device)
     for dtype in (torch.int32, torch.int64):
+        ids = torch.zeros(1, 1, dtype=dtype, device=device)
         for partial in (False, True):
-            ids = torch.zeros(1, 1, dtype=dtype, device=device)
-            topk_check_on(device.type)(ids, weights, spec, partial)
+            checks.topk(ids, weights, spec, partial)
 
 
 def check_logits(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -74,6 +101,18 @@ def check_topk(
 
 def _code(fault_T: Tensor, code: int) -> Tensor:
     return fault_T.to(torch.uint8) * code
+
+
+def nonfinite_rows(out_TH: Tensor) -> int:
+    """How many rows hold NaN or infinity.
+
+    A sum is finite only if all it adds is, and costs a tenth of asking each number; one that
+    overflows is looked at closely.
+    """
+    if math.isfinite(out_TH.sum()):
+        return 0
+    suspects = out_TH[~torch.isfinite(out_TH.sum(dim=1))]
+    return int((~torch.isfinite(suspects)).any(dim=1).sum())
 
 
 def fault_error(code: int, row: int, spec: LayerSpec) -> ExpertdError:

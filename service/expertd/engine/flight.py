@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from expertd.backends.base import Backend
-from expertd.engine.checks import fault_error
+from expertd.backends.base import Backend, Batch
+from expertd.engine.checks import OK, fault_error
 from expertd.engine.observer import BatchReport, BatchTimes
 from expertd.engine.staging import Staging
 from expertd.engine.ticket import Ticket
@@ -22,16 +20,7 @@ Answer = ForwardReply | ExpertdError
 class Flight:
     """Calls of one key on their way; leave(), then land()."""
 
-    __slots__ = (
-        "_backend",
-        "_codes_T",
-        "_nonfinite",
-        "_out_TH",
-        "_sources",
-        "_started_ns",
-        "staging",
-        "tickets",
-    )
+    __slots__ = ("_backend", "_batch", "_started_ns", "staging", "tickets")
 
     def __init__(self, staging: Staging, backend: Backend, tickets: Sequence[Ticket]) -> None:
         self.staging = staging
@@ -39,27 +28,24 @@ class Flight:
         self._backend = backend
         self._started_ns = time.monotonic_ns()
 
-    def leave(self, out_TH: Tensor, codes_T: Tensor | None, nonfinite: int | Tensor) -> None:
-        """Computing is under way: what it leaves on the device is brought out."""
-        count = nonfinite if isinstance(nonfinite, Tensor) else None
-        self._sources = (out_TH, codes_T, count)
-        out, self._codes_T, brought = self.staging.bring_out(self._sources)
-        assert out is not None
-        self._out_TH = out
-        self._nonfinite = nonfinite if brought is None else brought
+    def leave(self, batch: Batch) -> None:
+        """Computing is under way: its result is brought out, for which the batch has to stay."""
+        self._batch = batch
+        self.staging.bring_out(batch.out)
 
     def land(self) -> tuple[list[Answer], BatchReport]:
         """Waits for the results; a faulty call gets its error, others their replies."""
-        self.staging.wait_out()
-        times, tickets = self.staging.times(), self.tickets
+        staging, tickets = self.staging, self.tickets
+        staging.wait_out()
+        times = staging.times()
         waited = [self._started_ns - ticket.arrived_ns for ticket in tickets]
         resident = tickets[0].resident
         report = BatchReport(
             resident.model,
             resident.layer,
             len(tickets),
-            self._out_TH.shape[0],
-            int(self._nonfinite),
+            len(self._batch.out),
+            staging.checks.nonfinite(),
             waited,
             times,
         )
@@ -68,8 +54,8 @@ class Flight:
     def _answers(self, times: BatchTimes, waited: Sequence[int]) -> list[Answer]:
         row = self._backend.row
         staged_ns, computed_ns = times.stage_in + times.stage_out, times.route + times.kernel
-        data = self.staging.host_bytes(self._out_TH)
-        row_bytes = len(data) // self._out_TH.shape[0]
+        data, codes = self.staging.result(), self.staging.checks.codes()
+        row_bytes = len(data) // len(self._batch.out)
         answers: list[Answer] = []
         begin = 0
         for ticket, queued_ns in zip(self.tickets, waited, strict=True):
@@ -91,16 +77,14 @@ class Flight:
                 request_id,
                 generation=ticket.resident.generation,
             )
-            answers.append(self._first_fault(ticket, begin, end) or reply)
+            fault = None if codes is None else _first_fault(ticket, codes[begin:end])
+            answers.append(fault or reply)
             begin = end
         return answers
 
-    def _first_fault(self, ticket: Ticket, begin: int, end: int) -> ExpertdError | None:
-        if self._codes_T is None:
-            return None
-        faulty = self._codes_T[begin:end].nonzero()
-        if not len(faulty):
-            return None
-        row = int(faulty[0])
-        code = int(self._codes_T[begin + row])
-        return fault_error(code, ticket.first_row + row, ticket.resident.spec)
+
+def _first_fault(ticket: Ticket, codes: Sequence[int]) -> ExpertdError | None:
+    """The error of a call's first row that has one."""
+    faults = ((row, code) for row, code in enumerate(codes) if code != OK)
+    row, code = next(faults, (0, OK))
+    return None if code == OK else fault_error(code, ticket.first_row + row, ticket.resident.spec)

@@ -9,13 +9,17 @@ from torch import Tensor
 
 from expertd.backends.base import Backend, Batch
 from expertd.core import CallForm, PlanMode
-from expertd.engine.checks import check_logits, topk_check_on
 from expertd.engine.flight import Flight
 from expertd.engine.resident import Resident
 from expertd.engine.routers import router_on
 from expertd.engine.staging import TORCH_DTYPES, Mark, Staging
 from expertd.engine.ticket import Ticket
 from expertd.weights.dequant import e8m0_to_float
+from expertd_wire.tensors import WireTensor
+
+ROWS = ("hidden_states", "hidden_states_scale")
+ROUTED_ROWS = (*ROWS, "router_logits", "topk_ids", "topk_weights")
+"""What of a call goes onto the device; layers without experts ignore its routing."""
 
 
 def launch(staging: Staging, backend: Backend, tickets: Sequence[Ticket]) -> Flight:
@@ -23,42 +27,44 @@ def launch(staging: Staging, backend: Backend, tickets: Sequence[Ticket]) -> Fli
     resident, form = tickets[0].resident, tickets[0].form
     flight = Flight(staging, backend, tickets)
     staging.mark(Mark.BEGIN)
-    batch, codes_T = _stage_in(staging, tickets, form, resident)
-    batch = _route(batch, resident, backend)
+    staged = staging.stage(_fields(tickets, ROUTED_ROWS if resident.spec.num_experts else ROWS))
+    batch = _route(_batch(staging, staged, form, resident), resident, backend)
     staging.mark(Mark.ROUTED)
     backend.forward(batch)
+    staging.checks.output(batch.out)
     staging.mark(Mark.COMPUTED)
     resident.expert_rows.note(resident.spec, batch, resident.bias)
-    flight.leave(batch.out, codes_T, staging.count_nonfinite(batch.out))
-    staging.mark(Mark.OUT)
+    flight.leave(batch)
     return flight
 
 
-def _stage_in(
-    staging: Staging, tickets: Sequence[Ticket], form: CallForm, resident: Resident
-) -> tuple[Batch, Tensor | None]:
-    """The batch, with the fault codes of its rows if it routes."""
-    rows, scales = staging.stage("rows", tickets), staging.stage("scales", tickets)
-    assert rows is not None
-    routed = resident.spec.num_experts > 0
-    logits = staging.stage("logits", tickets) if routed else None
-    ids = staging.stage("ids", tickets) if routed else None
-    weights = staging.stage("weights", tickets) if routed else None
-    staging.staged()
-    out = staging.output(rows.shape, TORCH_DTYPES[form.reply_dtype])
+def _fields(tickets: Sequence[Ticket], names: Sequence[str]) -> dict[str, list[WireTensor]]:
+    """Each field that the calls have: calls of one form have the same."""
+    first = tickets[0].call
+    present = [name for name in names if getattr(first, name) is not None]
+    return {name: [getattr(ticket.call, name) for ticket in tickets] for name in present}
+
+
+def _batch(
+    staging: Staging, staged: dict[str, Tensor], form: CallForm, resident: Resident
+) -> Batch:
+    """The batch, checked if it routes; calls of rows that are faulty are refused when it is out."""
+    rows, scales = staged["hidden_states"], staged.get("hidden_states_scale")
+    checks, spec = staging.checks, resident.spec
+    tokens, hidden = rows.shape
+    out = staging.output(tokens, hidden, TORCH_DTYPES[form.reply_dtype])
     if form.rows_format:
         rows, scales = _fp8_rows(rows, scales)
-    if logits is not None:
-        assert resident.spec.routing is not None
-        logits, codes = check_logits(logits, resident.spec.routing.top_k)
-        return Batch(rows, out, scales, logits=logits), codes
-    if ids is None:
-        return Batch(rows, out, scales), None
-    assert weights is not None
-    weights = weights.to(torch.float32)
-    check = topk_check_on(ids.device.type)
-    ids, codes = check(ids, weights, resident.spec, form.partial)
-    return Batch(rows, out, scales, ids, weights), codes
+    checks.begin()
+    if (logits := staged.get("router_logits")) is not None:
+        assert spec.routing is not None
+        return Batch(rows, out, scales, logits=checks.logits(logits, spec.routing.top_k))
+    if (ids := staged.get("topk_ids")) is None:
+        return Batch(rows, out, scales)
+    weights = staged["topk_weights"]
+    if weights.dtype is not torch.float32:
+        weights = weights.to(torch.float32)
+    return Batch(rows, out, scales, checks.topk(ids, weights, spec, form.partial), weights)
 
 
 def _fp8_rows(rows: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:

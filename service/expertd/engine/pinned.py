@@ -22,26 +22,20 @@ class PinnedPool:
         self._pin = pin
         self._idle: defaultdict[int, deque[Tensor]] = defaultdict(deque)
 
-    def take(self, like: Tensor) -> Tensor:
-        """Host memory of like's shape and dtype, taken back when the last view of it is gone.
+    def take(self, nbytes: int) -> tuple[Tensor, memoryview]:
+        """So many bytes as a tensor to write and a view to read, which is what keeps them.
 
-        Views are what numpy() makes of it, and memoryviews of those; a tensor made from it by
-        torch alone does not count.
+        They are taken back when the last view of that view is gone; the tensor does not count.
         """
-        size = max(LEAST_BYTES, 1 << (like.nbytes - 1).bit_length())
+        size = max(LEAST_BYTES, 1 << (nbytes - 1).bit_length())
         buffer = self._buffer(size)
-        view = buffer.numpy()
-        weakref.finalize(view, self._idle[size].append, buffer)
-        found = torch.from_numpy(view)[: like.nbytes]
-        return found.view(like.dtype).view(like.shape)
+        whole = buffer.numpy()
+        weakref.finalize(whole, self._idle[size].append, buffer)
+        part = whole[:nbytes]
+        return torch.from_numpy(part), part.data
 
     def _buffer(self, size: int) -> Tensor:
         try:
             return self._idle[size].pop()
         except IndexError:
             return torch.empty(size, dtype=torch.uint8, pin_memory=self._pin)
-
-
-def host_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in host memory."""
-    return tensor.view(torch.uint8).numpy().data.cast("B")

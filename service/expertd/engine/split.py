@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 
-import torch
+import numpy as np
 
 from expertd.engine.staging import copy_bytes
 from expertd.engine.ticket import Ticket
@@ -95,7 +95,7 @@ class _Joint:
         assert reply.output is not None
         if not self._replies:
             size = reply.output.nbytes // piece.tokens * self._whole.tokens
-            self._output = torch.empty(size, dtype=torch.uint8).numpy().data
+            self._output = np.empty(size, np.uint8).data
         begin = reply.output.nbytes // piece.tokens * piece.first_row
         copy_bytes(self._output[begin : begin + reply.output.nbytes], reply.output.data)
         self._replies.append(reply._replace(output=reply.output._replace(data=memoryview(b""))))

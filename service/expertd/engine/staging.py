@@ -9,17 +9,16 @@ ways of a card, which other batches' computing overlaps.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from expertd.engine.checks import RowChecks, checks_on
 from expertd.engine.observer import BatchTimes
-from expertd.engine.ticket import Ticket
 from expertd_wire.tensors import WireTensor
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -31,10 +30,16 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "int64": torch.int64,
     "uint8": torch.uint8,
 }
-MOST_VIEWS = 64
-"""Sizes of batches whose views are kept."""
+MOST_VIEWS = 256
+"""Places and sizes of fields whose views are kept."""
+ALIGNED = 256
+"""Bytes at whose multiples each field begins."""
 LONG_COPY = 1 << 18
 """Bytes from which on a copy lets other threads run: giving the lock away and back costs too."""
+
+NOTHING = memoryview(b"")
+
+Fields = Mapping[str, Sequence[WireTensor]]
 
 
 class Mark(IntEnum):
@@ -49,103 +54,109 @@ class Mark(IntEnum):
 
 
 class StagingBuffer:
-    """One growing buffer of bytes for one field of the calls, and views of it."""
+    """One growing buffer of bytes for all fields of a batch, one behind the other, and its views.
+
+    On the processor the buffer on the host is the device's too.
+    """
 
     def __init__(self) -> None:
         self._allocate(1 << 16)
 
-    def stack(self, tensors: Sequence[WireTensor]) -> Tensor:
-        """Tensors [T, N] of one dtype and N, one below the other on the device.
+    def stack(self, fields: Fields) -> dict[str, Tensor]:
+        """Each field's tensors [T, N] of one dtype and N, one below the other on the device.
 
-        The result is valid until the next stack(): it is a view of the buffer.
+        The results are valid until the next stack(): they are views of the buffer.
         """
-        total = sum(tensor.nbytes for tensor in tensors)
+        sizes = [sum(len(tensor.data) for tensor in tensors) for tensors in fields.values()]
+        total = sum(map(_aligned, sizes))
         if total > len(self._memory):
             self._allocate(1 << (total - 1).bit_length())
-        begin = 0
-        for tensor in tensors:
-            copy_bytes(self._memory[begin : begin + tensor.nbytes], tensor.data)
-            begin += tensor.nbytes
-        rows, columns = sum(tensor.shape[0] for tensor in tensors), tensors[0].shape[1]
-        return self._view(tensors[0].dtype, rows, columns)
+        stacked, begin = {}, 0
+        for (name, tensors), size in zip(fields.items(), sizes, strict=True):
+            self._copy_in(begin, tensors)
+            stacked[name] = self._view(begin, tensors)
+            begin += _aligned(size)
+        self._send(total)
+        return stacked
 
-    def _view(self, dtype: str, rows: int, columns: int) -> Tensor:
-        """The buffer's beginning as [rows, columns]."""
-        shape = (dtype, rows, columns)
-        view = self._views.get(shape)
+    def _copy_in(self, begin: int, tensors: Sequence[WireTensor]) -> None:
+        for tensor in tensors:
+            end = begin + len(tensor.data)
+            copy_bytes(self._memory[begin:end], tensor.data)
+            begin = end
+
+    def _view(self, begin: int, tensors: Sequence[WireTensor]) -> Tensor:
+        """What lies on the device from begin on, as one tensor."""
+        first = tensors[0]
+        rows = first.shape[0] if len(tensors) == 1 else sum(tensor.shape[0] for tensor in tensors)
+        return self._kept_view(first.dtype, rows, first.shape[1], begin)
+
+    def _kept_view(self, dtype: str, rows: int, columns: int, begin: int) -> Tensor:
+        key = (dtype, rows, columns, begin)
+        view = self._views.get(key)
         if view is None:
             if len(self._views) >= MOST_VIEWS:
                 self._views.clear()
             whole = self._whole.view(TORCH_DTYPES[dtype])
-            view = self._views[shape] = whole.as_strided((rows, columns), (columns, 1))
+            place = begin // whole.element_size()
+            view = self._views[key] = whole.as_strided((rows, columns), (columns, 1), place)
         return view
 
-    def _allocate(self, size: int) -> None:
-        self._keep(torch.empty(size, dtype=torch.uint8))
+    def _send(self, size: int) -> None:
+        """Begins to copy the buffer's first bytes to the device."""
 
-    def _keep(self, host: Tensor) -> None:
-        self._whole = host
+    def _allocate(self, size: int) -> None:
+        host = torch.empty(size, dtype=torch.uint8)
+        self._keep(host, host)
+
+    def _keep(self, host: Tensor, on_device: Tensor) -> None:
         self._memory = host.numpy().data
-        self._views: dict[tuple[str, int, int], Tensor] = {}
+        self._host, self._whole = host, on_device
+        self._views: dict[tuple[str, int, int, int], Tensor] = {}
 
 
 class Staging:
-    """The buffers and the clock of one batch at a time, one buffer for each field of a call."""
+    """The buffer, the checks and the clock of one batch at a time."""
 
-    FIELDS: dict[str, Callable[[Ticket], WireTensor | None]] = {
-        "rows": lambda ticket: ticket.call.hidden_states,
-        "scales": lambda ticket: ticket.call.hidden_states_scale,
-        "logits": lambda ticket: ticket.call.router_logits,
-        "ids": lambda ticket: ticket.call.topk_ids,
-        "weights": lambda ticket: ticket.call.topk_weights,
-    }
-
-    def __init__(self, buffer: Callable[[], StagingBuffer] = StagingBuffer) -> None:
-        self._buffers = {name: buffer() for name in self.FIELDS}
+    def __init__(
+        self, buffer: StagingBuffer | None = None, checks: RowChecks | None = None
+    ) -> None:
+        self._buffer = buffer or StagingBuffer()
         self._moments = [0] * len(Mark)
+        self._result = NOTHING
+        self.checks = checks or checks_on("cpu")
 
-    def stage(self, name: str, tickets: Sequence[Ticket]) -> Tensor | None:
-        """One field of all tickets as one tensor; None if calls of their form have none."""
-        found = [self.FIELDS[name](ticket) for ticket in tickets]
-        present = [tensor for tensor in found if tensor is not None]
-        if not present:
-            return None
-        assert len(present) == len(tickets), "calls of one form have the same fields"
-        return self._buffers[name].stack(present)
+    def stage(self, fields: Fields) -> dict[str, Tensor]:
+        """The fields of all calls on the device, where what follows may read them."""
+        stacked = self._buffer.stack(fields)
+        self.mark(Mark.STAGED)
+        self._moments[Mark.READY] = self._moments[Mark.STAGED]
+        return stacked
 
     def mark(self, mark: Mark) -> None:
         """Notes when the batch gets here."""
         self._moments[mark] = time.monotonic_ns()
 
-    def staged(self) -> None:
-        """Every field is staged: what follows may read them."""
-        self.mark(Mark.STAGED)
-        self._moments[Mark.READY] = self._moments[Mark.STAGED]
-
-    def output(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def output(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Memory for the batch's result [T, H] on the device, of one owner."""
-        rows, columns = shape
         array = np.empty((rows, columns * dtype.itemsize), np.uint8)
         self._result = array.data.cast("B")
         return torch.from_numpy(array).view(dtype)
 
-    def host_bytes(self, out_TH: Tensor) -> memoryview:
-        """The bytes of the batch's result, brought out."""
-        return self._result
+    def bring_out(self, out_TH: Tensor) -> None:
+        """Begins to bring out what output() gave, and ends the batch's work."""
+        self.mark(Mark.OUT)
 
-    def count_nonfinite(self, out_TH: Tensor) -> int | Tensor:
-        """How many rows hold NaN or infinity, known when the batch is out."""
-        return nonfinite_rows(out_TH)
-
-    def bring_out(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The tensors in host memory, readable after wait_out()."""
-        return list(tensors)
+    def result(self) -> memoryview:
+        """The bytes of the batch's result, after wait_out(); they are the asker's from here on."""
+        found, self._result = self._result, NOTHING
+        return found
 
     def wait_computed(self) -> None:
         """Returns when the device is free for another batch."""
 
     def wait_out(self) -> None:
-        """Returns when what was brought out can be read."""
+        """Returns when the result and what the checks found can be read."""
 
     def recover(self) -> None:
         """After a failed launch: waits for whatever of it still runs, gives spare memory back."""
@@ -164,13 +175,5 @@ def copy_bytes(out: memoryview, data: memoryview) -> None:
         np.copyto(np.frombuffer(out, np.uint8), np.frombuffer(data, np.uint8))
 
 
-def nonfinite_rows(out_TH: Tensor) -> int:
-    """How many rows hold NaN or infinity.
-
-    A sum is finite only if all it adds is, and costs a tenth of asking each number; one that
-    overflows is looked at closely.
-    """
-    if math.isfinite(out_TH.sum()):
-        return 0
-    suspects = out_TH[~torch.isfinite(out_TH.sum(dim=1))]
-    return int((~torch.isfinite(suspects)).any(dim=1).sum())
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED

@@ -7,15 +7,13 @@ nothing here makes the host wait but wait_computed() and wait_out().
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from expertd.engine.checks import checks_on
 from expertd.engine.observer import BatchTimes
-from expertd.engine.pinned import PinnedPool, host_bytes
-from expertd.engine.staging import Mark, Staging, StagingBuffer
-from expertd.engine.ticket import Ticket
+from expertd.engine.pinned import PinnedPool
+from expertd.engine.staging import Fields, Mark, Staging, StagingBuffer
 
 BATCHES = 2
 """One computes while another is copied."""
@@ -31,14 +29,10 @@ class PinnedBuffer(StagingBuffer):
     def _allocate(self, size: int) -> None:
         # Both, or neither: where there is no memory, the smaller pair goes on.
         twin = torch.empty(size, dtype=torch.uint8, device=self._device)
-        self._keep(torch.empty(size, dtype=torch.uint8, pin_memory=True))
-        self._twin = twin
+        self._keep(torch.empty(size, dtype=torch.uint8, pin_memory=True), twin)
 
-    def _view(self, dtype: str, rows: int, columns: int) -> Tensor:
-        """The twin's beginning as [rows, columns], with the copy to it under way."""
-        host = super()._view(dtype, rows, columns)
-        twin = self._twin.view(host.dtype).as_strided((rows, columns), (columns, 1))
-        return twin.copy_(host, non_blocking=True)
+    def _send(self, size: int) -> None:
+        self._whole[:size].copy_(self._host[:size], non_blocking=True)
 
 
 class CudaStaging(Staging):
@@ -51,41 +45,33 @@ class CudaStaging(Staging):
         outward: torch.cuda.Stream,
         results: PinnedPool,
     ) -> None:
-        super().__init__(lambda: PinnedBuffer(device))
+        super().__init__(PinnedBuffer(device), checks_on("cuda"))
         self._device = device
         self._inward, self._outward, self._results = inward, outward, results
         self._events = [_event() for _ in Mark]
 
-    def stage(self, name: str, tickets: Sequence[Ticket]) -> Tensor | None:
+    def stage(self, fields: Fields) -> dict[str, Tensor]:
         with torch.cuda.stream(self._inward):
-            return super().stage(name, tickets)
+            stacked = self._buffer.stack(fields)
+        self.mark(Mark.STAGED)
+        torch.cuda.current_stream(self._device).wait_event(self._events[Mark.STAGED])
+        self.mark(Mark.READY)
+        return stacked
 
     def mark(self, mark: Mark) -> None:
         streams = {Mark.BEGIN: self._inward, Mark.STAGED: self._inward, Mark.OUT: self._outward}
         self._events[mark].record(streams.get(mark))
 
-    def staged(self) -> None:
-        self.mark(Mark.STAGED)
-        torch.cuda.current_stream(self._device).wait_event(self._events[Mark.STAGED])
-        self.mark(Mark.READY)
+    def output(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device=self._device)
 
-    def output(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device)
-
-    def host_bytes(self, out_TH: Tensor) -> memoryview:
-        return host_bytes(out_TH)
-
-    def count_nonfinite(self, out_TH: Tensor) -> int | Tensor:
-        return (~torch.isfinite(out_TH).all(dim=1)).sum()
-
-    def bring_out(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The copies' sources must be kept until wait_out()."""
-        self._outward.wait_stream(torch.cuda.current_stream(self._device))
+    def bring_out(self, out_TH: Tensor) -> None:
+        """The batch must be kept until wait_out()."""
+        self._outward.wait_event(self._events[Mark.COMPUTED])
+        brought, self._result = self._results.take(out_TH.nbytes)
         with torch.cuda.stream(self._outward):
-            return [None if tensor is None else self._out(tensor) for tensor in tensors]
-
-    def _out(self, tensor: Tensor) -> Tensor:
-        return self._results.take(tensor).copy_(tensor, non_blocking=True)
+            brought.copy_(out_TH.view(torch.uint8).view(-1), non_blocking=True)
+        self.mark(Mark.OUT)
 
     def wait_computed(self) -> None:
         self._events[Mark.COMPUTED].synchronize()

@@ -23,8 +23,9 @@ from expertd.engine.checks import (
     check_logits,
     check_topk,
     fault_error,
+    nonfinite_rows,
 )
-from expertd.engine.staging import nonfinite_rows
+from expertd.engine.checks_cpu import FEW_IDS, HostChecks
 from expertd.errors import ExpertsNotHeld, InvalidArgument
 
 SPEC = layer_spec()
@@ -73,6 +74,9 @@ def test_each_row_gets_a_fault_it_has_and_faulty_rows_become_harmless(
         own = [i for i, _ in row]
         assert code in by_the_contract(own, [w for _, w in row], spec, partial)
         assert given_ids == (own if code == OK else [-1] * 3)
+    told = HostChecks()
+    assert torch.equal(told.topk(ids, weights, spec, partial), harmless)
+    assert list(told.codes() or [OK] * len(rows)) == codes.tolist()
     assert torch.equal(ids, before[0]) and torch.equal(weights.nan_to_num(), before[1].nan_to_num())
 
 
@@ -83,25 +87,62 @@ def test_wide_ids_do_not_wrap_into_range(far: int) -> None:
     assert codes.tolist() == [OUT_OF_RANGE]
 
 
-@pytest.mark.parametrize("device", checks.TOPK_CHECKS)
-def test_every_device_has_its_check(device: str) -> None:
+@pytest.mark.parametrize("rows", [1, FEW_IDS // 4, FEW_IDS // 4 + 1])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_good_ids_are_handed_on_as_a_copy(rows: int, dtype: torch.dtype) -> None:
+    ids = torch.tensor([[5, 0, 3, 1]] * rows, dtype=dtype)
+    told = HostChecks()
+    harmless = told.topk(ids, torch.ones(rows, 4), SPEC, partial=False)
+    assert torch.equal(harmless, ids.int()) and not any(told.codes() or [])
+    ids.zero_()
+    assert harmless[0].tolist() == [5, 0, 3, 1], "the next batch is staged in the same memory"
+
+
+def test_a_batch_that_routes_nothing_has_no_codes_of_the_one_before() -> None:
+    told = HostChecks()
+    told.topk(torch.tensor([[99]]), torch.ones(1, 1), SPEC, partial=False)
+    told.output(torch.tensor([[NAN]]))
+    assert list(told.codes() or []) == [OUT_OF_RANGE] and told.nonfinite() == 1
+    told.begin()
+    assert told.codes() is None and told.nonfinite() == 0
+
+
+@pytest.mark.parametrize("device", checks.CHECKS)
+def test_every_device_has_its_checks(device: str) -> None:
     pytest.importorskip("triton")
-    module, _, name = checks.TOPK_CHECKS[device].partition(":")
-    assert checks.topk_check_on(device) is getattr(importlib.import_module(module), name)
+    module, _, name = checks.CHECKS[device].partition(":")
+    assert isinstance(checks.checks_on(device), getattr(importlib.import_module(module), name))
 
 
-def test_warm_up_checks_ids_of_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[torch.dtype, bool]] = []
+class Seen(HostChecks):
+    """Checks that remember what dtypes they met."""
 
-    def check(ids, weights, spec, partial):  # type: ignore[no-untyped-def]
-        seen.append((ids.dtype, partial))
+    def __init__(self) -> None:
+        super().__init__()
+        self.topks: list[tuple[torch.dtype, bool]] = []
+        self.others: list[tuple[str, torch.dtype, int]] = []
 
-    monkeypatch.setattr(checks, "topk_check_on", lambda device_type: check)
+    def topk(self, ids, weights, spec, partial):  # type: ignore[no-untyped-def]
+        self.topks.append((ids.dtype, partial))
+
+    def logits(self, logits, top_k):  # type: ignore[no-untyped-def]
+        self.others.append(("logits", logits.dtype, logits.shape[1]))
+
+    def output(self, out):  # type: ignore[no-untyped-def]
+        self.others.append(("output", out.dtype, out.shape[1]))
+
+
+def test_warm_up_checks_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Seen()
+    monkeypatch.setattr(checks, "checks_on", lambda device_type: seen)
+    nobody = layer_spec(num_experts=0, expert_begin=0, expert_end=0, routing=None, hidden=9)
+    checks.warm_up_checks(nobody, torch.device("cpu"))
+    dtypes = {torch.float32, torch.bfloat16, torch.float16}
+    assert set(seen.others) == {("output", d, 9) for d in dtypes} and not seen.topks
     checks.warm_up_checks(SPEC, torch.device("cpu"))
-    checks.warm_up_checks(
-        layer_spec(num_experts=0, expert_begin=0, expert_end=0, routing=None), torch.device("cpu")
-    )
-    assert seen == [(d, p) for d in (torch.int32, torch.int64) for p in (False, True)]
+    assert seen.topks == [(d, p) for d in (torch.int32, torch.int64) for p in (False, True)]
+    widths = {"logits": SPEC.num_experts, "output": SPEC.hidden}
+    assert set(seen.others) >= {(name, d, width) for name, width in widths.items() for d in dtypes}
 
 
 LOGITS: dict[str, tuple[list[float], int]] = {

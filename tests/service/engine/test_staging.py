@@ -18,12 +18,16 @@ from expertd_wire.tensors import DTYPES, WireTensor
 
 @settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=4), min_size=1, max_size=5))
-def test_one_buffer_stacks_any_sizes_one_after_the_other(rounds: list[list[int]]) -> None:
+def test_one_buffer_stacks_fields_of_any_size_one_after_the_other(rounds: list[list[int]]) -> None:
     buffer = StagingBuffer()
     for number, sizes in enumerate(rounds):
         random = torch.Generator().manual_seed(number)
         parts = [torch.randn(size, 97, generator=random) for size in sizes]
-        assert torch.equal(buffer.stack([wire(part) for part in parts]), torch.cat(parts))
+        many = [(torch.arange(7 * size) + number).view(-1, 7).int() for size in sizes]
+        fields = {"parts": parts, "many": many, "last": parts[:1]}
+        stacked = buffer.stack({n: [wire(one) for one in f] for n, f in fields.items()})
+        for name, field in fields.items():
+            assert torch.equal(stacked[name], torch.cat(field))
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -32,7 +36,7 @@ def test_every_wire_dtype_keeps_its_bits(name: str) -> None:
     size = torch.empty(0, dtype=TORCH_DTYPES[name]).element_size()
     bits = torch.arange(256 * size, dtype=torch.uint8)
     tensor = WireTensor(name, (256, 1), memoryview(bytes(bits.tolist())))
-    stacked = StagingBuffer().stack([tensor, tensor])
+    stacked = StagingBuffer().stack({"it": [tensor, tensor]})["it"]
     assert stacked.dtype == TORCH_DTYPES[name] and stacked.shape == (512, 1)
     assert torch.equal(stacked.view(torch.uint8).flatten(), bits.repeat(2))
 
@@ -40,8 +44,8 @@ def test_every_wire_dtype_keeps_its_bits(name: str) -> None:
 def test_unaligned_bytes_are_fine() -> None:
     values = torch.randn(5, 3)
     shifted = memoryview(b"x" + values.numpy().tobytes())[1:]
-    stacked = StagingBuffer().stack([WireTensor("float32", (5, 3), shifted)])
-    assert torch.equal(stacked, values)
+    stacked = StagingBuffer().stack({"it": [WireTensor("float32", (5, 3), shifted)]})
+    assert torch.equal(stacked["it"], values)
 
 
 def test_replies_stay_when_later_calls_use_the_buffers() -> None:
