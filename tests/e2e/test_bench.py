@@ -51,10 +51,10 @@ def test_refusals_are_counted_beside_the_answers(home: Path) -> None:
     ("flags", "code", "told"),
     [
         (("--layer", "77"), 1, "has no layer 77"),
-        (("--layer", "0", "--tokens", "0"), 2, "numbers from 1"),
-        (("--layer", "0", "--tokens", "many"), 2, "invalid"),
-        (("--layer", "0", "--rate=-3"), 2, "positive numbers"),
-        (("--layer", "0", "--duration", "0"), 2, "a positive duration"),
+        (("--layer", "0", "--tokens", "0"), 2, "1 to 16777216 is accepted"),
+        (("--layer", "0", "--tokens", "many"), 2, "'many' given; 1 to"),
+        (("--layer", "0", "--rate=-3"), 2, "0.001 to 1000000.0 is accepted"),
+        (("--layer", "0", "--duration", "0"), 2, "0.001 to 1000000.0 is accepted"),
         (("--layer", "0", "--carrier", "pigeon"), 2, "invalid choice"),
     ],
 )

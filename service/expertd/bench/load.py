@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from expertd_client import Client
+from expertd_client import Client, Overloaded
 from expertd_client.calls import CallOptions
 
 
@@ -73,3 +74,10 @@ def _routing(random: np.random.Generator, tokens: int, layer: Layer, routing: st
     ids = np.argsort(-logits, axis=1)[:, : layer.top_k or 1].astype(np.int32)
     weights = np.full(ids.shape, 1.0 / ids.shape[1], dtype=np.float32)
     return {"topk_ids": ids, "topk_weights": weights}
+
+
+def try_call(layer: Layer, routing: str) -> None:
+    """Raises what the server has against the layer's smallest call, unless it is merely busy."""
+    call = make_call(layer, 1, 0, routing)
+    with Client(layer.target) as client, suppress(Overloaded):
+        client.call(layer.model, layer.number, call.rows, **call.options)

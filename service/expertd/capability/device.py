@@ -65,7 +65,7 @@ def device_named(name: str, flashinfer: str | None = None) -> DeviceInfo:
     try:
         found = detect(name)
     except InvalidArgument as error:
-        raise InvalidArgument(f"{error}, {', '.join(ARCHS[1:])}") from None
+        raise InvalidArgument(f"{error}; without a card: {', '.join(ARCHS[1:])}") from None
     return replace(found, flashinfer=flashinfer) if flashinfer else found
 
 

@@ -42,6 +42,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("demo-model", "expertd.cli.demo_model", "write a small made-up checkpoint"),
 )
 
+NO_PLAN = 3
+"""How a command ends that found nothing which can run what it was asked about."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; our errors become a line on stderr and an exit code."""

@@ -15,27 +15,37 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from expertd.bench.load import Cell, Layer, find_layer, make_call
+from expertd.bench.load import Cell, Layer, find_layer, make_call, try_call
 from expertd.bench.plot import plot
 from expertd.bench.summary import Summary, summarize
 from expertd.bench.workers import Share, Workers, split
+from expertd.cli import arguments
+from expertd.cli.arguments import accepted, listed
+from expertd.cli.tables import console, folded
+from expertd.config import number
 from expertd.errors import InvalidArgument
 from expertd_client import ExpertdError
 
 CARRIERS = ("grpc",)
 MOST_PROCESSES = 32
-TABLE_WIDTH = 120
+TOKENS = listed(number(1, 1 << 24))
+CALLERS = listed(number(1, 4096))
+RATES = listed(number(0.001, 1e6, float))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="the server's gRPC address, HOST:PORT")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--layer", type=int, required=True)
-    parser.add_argument("--tokens", type=_counts, default=(1, 16, 256), help="rows of a call")
-    parser.add_argument("--concurrency", type=_counts, default=(1, 8, 32), help="callers")
+    parser.add_argument("--layer", type=arguments.layer, required=True)
+    parser.add_argument(
+        "--tokens", type=TOKENS, default=(1, 16, 256), help="rows of a call (default 1,16,256)"
+    )
+    parser.add_argument(
+        "--concurrency", type=CALLERS, default=(1, 8, 32), help="callers (default 1,8,32)"
+    )
     parser.add_argument(
         "--rate",
-        type=_rates,
+        type=RATES,
         default=(0.0,),
         help="calls a second that arrive at random (open loop); without it each caller calls "
         "again as soon as it is answered (closed loop)",
@@ -43,20 +53,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--routing", choices=("logits", "topk"), default="topk")
     parser.add_argument("--backend", default=None, help="pin a backend")
     parser.add_argument("--carrier", choices=CARRIERS, default="grpc")
-    parser.add_argument("--duration", type=float, default=10.0, help="seconds of each cell")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of callers")
+    parser.add_argument(
+        "--duration",
+        type=arguments.seconds,
+        default=10.0,
+        help="seconds of each cell (default 10)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=accepted(number(1, MOST_PROCESSES)),
+        default=min(os.cpu_count() or 1, MOST_PROCESSES),
+        help="of callers (default: one for each core)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency over rate as SVG")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.duration <= 0 or not 1 <= args.processes <= MOST_PROCESSES:
-        raise InvalidArgument(
-            f"--duration {args.duration} --processes {args.processes} given; accepted: a positive "
-            f"duration, 1 to {MOST_PROCESSES} processes"
-        )
+    if args.plot and not args.plot.parent.is_dir():
+        raise InvalidArgument(f"--plot {args.plot}: {args.plot.parent} is not a directory")
     try:
         layer = find_layer(args.target, args.model, args.layer, args.backend)
+        try_call(layer, args.routing)
         summaries = list(_measure(args, layer))
     except ExpertdError as error:
         print(f"expertd: {error}", file=sys.stderr)
@@ -67,30 +85,23 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"layer": title, "cells": [cell.as_json() for cell in summaries]}))
     else:
-        _show(_table(title, summaries))
+        console().print(folded(_table(title, summaries)))
     return 0 if all(summary.calls for summary in summaries) else 1
 
 
 def _measure(args: argparse.Namespace, layer: Layer) -> Iterator[Summary]:
     """Each cell after the other; the progress bar is for terminals only."""
     cells = [Cell(*sizes) for sizes in product(args.tokens, args.concurrency, args.rate)]
-    console = Console(stderr=True)
+    bar = Console(stderr=True)
     with (
         Workers(args.processes) as workers,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        Progress(console=bar, transient=True, disable=not bar.is_terminal) as progress,
     ):
         for cell in progress.track(cells, description="cells"):
             share = Share(layer, cell, args.duration, 0, args.routing)
             outcomes = workers.run(split(share, args.processes))
             call = make_call(layer, cell.tokens, 0, args.routing)
             yield summarize(cell, call.nbytes, outcomes)
-
-
-def _show(table: Table) -> None:
-    """Figures are never cut off: where the terminal is too narrow, lines wrap."""
-    console = Console()
-    console.width = max(console.width, TABLE_WIDTH)
-    console.print(table)
 
 
 def _table(title: str, summaries: Sequence[Summary]) -> Table:
@@ -113,17 +124,3 @@ def _table(title: str, summaries: Sequence[Summary]) -> Table:
 def _refused(summary: Summary) -> str:
     told = ", ".join(f"{count} {reason}" for reason, count in summary.refused.items())
     return f"{told} (p50 {summary.refused_p50_ms:.2f} ms)" if told else ""
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    values = tuple(int(part) for part in text.split(","))
-    if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted: numbers from 1, as 1,16,256")
-    return values
-
-
-def _rates(text: str) -> tuple[float, ...]:
-    values = tuple(float(part) for part in text.split(","))
-    if not values or min(values) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} given; accepted: positive numbers, as 50,100")
-    return values

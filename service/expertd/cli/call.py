@@ -10,22 +10,25 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from expertd.bench.load import find_layer, make_call
+from expertd.cli import arguments
+from expertd.cli.tables import console
 from expertd_client import Client, ExpertdError, Reply
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="the server's gRPC address, HOST:PORT")
     parser.add_argument("--model", required=True)
-    parser.add_argument("--layer", type=int, required=True)
-    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--layer", type=arguments.layer, required=True)
+    parser.add_argument("--tokens", type=arguments.rows, default=16, help="rows (default 16)")
     parser.add_argument("--routing", choices=("logits", "topk"), default="logits")
     parser.add_argument("--backend", default=None, help="pin a backend")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=30.0)
+    parser.add_argument("--seed", type=arguments.seed, default=0)
+    parser.add_argument(
+        "--timeout", type=arguments.seconds, default=30.0, help="seconds (default 30)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -63,4 +66,4 @@ def _show(report: dict[str, Any]) -> None:
     table = Table(show_header=False)
     for name, value in report.items():
         table.add_row(name, f"{value / 1e6:.3f} ms" if name.endswith("_ns") else str(value))
-    Console().print(table)
+    console().print(table)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from expertd.capability.device import ARCHS, device_named
 from expertd.capability.report import capabilities
+from expertd.cli.tables import console, folded
 from expertd.proof.store import proven_states
 
 COLOURS = {"proven": "green", "present": "green", "declared": "yellow", "failed": "red"}
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
     else:
-        show(found, Console())
+        show(found, console())
     return 0
 
 
@@ -49,6 +50,6 @@ def show(found: dict[str, Any], console: Console) -> None:
     for (backend, entry, mode, state, why), formats in alike.items():
         name = f"[bold]{backend}[/]\n{entry}\n{mode}"
         table.add_row(name, "\n".join(formats), f"[{COLOURS[state]}]{state}[/]", escape(why))
-    console.print(table)
+    console.print(folded(table))
     for line in found["drift"]:
         console.print(f"[yellow]drift[/] {escape(line)}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "write a tiny whole model (Hugging Face layout) with random weights"
+from expertd.cli import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the directory to create")
     parser.add_argument("--family", default="qwen3_moe", help="default: %(default)s")
     parser.add_argument("--quant", default="fp8_block128", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:

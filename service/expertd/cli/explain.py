@@ -15,14 +15,15 @@ from expertd.capability.device import DeviceInfo, device_named
 from expertd.capability.explain import Absent, explain
 from expertd.capability.plan import States
 from expertd.capability.spec import call_form, parse_spec
+from expertd.cli import NO_PLAN, arguments
 from expertd.cli.capabilities import COLOURS, add_device_arguments
+from expertd.cli.tables import console, folded
 from expertd.core import CallForm, LayerSpec
-from expertd.errors import InvalidArgument
+from expertd.errors import InvalidArgument, NotFound
 from expertd.proof.store import proven_shapes, proven_states
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.layers import layer_specs, ranges
 
-NO_PLAN = 3
 Answer = dict[str, Any]
 
 
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", type=Path, metavar="PATH", help="a checkpoint's directory")
     what.add_argument("--spec", metavar="JSON", help="a layer as a JSON object")
-    parser.add_argument("--layer", type=int, metavar="N", help="only this layer of the model")
+    parser.add_argument(
+        "--layer", type=arguments.layer, metavar="N", help="only this layer of the model"
+    )
     parser.add_argument("--backend", default="", metavar="NAME", help="only this backend")
     add_device_arguments(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(shown, indent=1))
     else:
         for answer in answers:
-            show(answer, device, Console())
+            show(answer, device, console())
     return 0 if all(answer["plans"] for answer in answers) else NO_PLAN
 
 
@@ -66,7 +69,7 @@ def _of_model(path: Path, layer: int | None, device: DeviceInfo, backend: str) -
     """One answer for each kind of layer, under the numbers of those layers."""
     wanted = None if layer is None else frozenset({layer})
     alike: dict[LayerSpec, list[int]] = {}
-    for number, spec in layer_specs(Checkpoint.open(path), wanted).items():
+    for number, spec in _specs(path, wanted).items():
         alike.setdefault(spec, []).append(number)
     states = proven_states(device)
     answers = {
@@ -74,6 +77,13 @@ def _of_model(path: Path, layer: int | None, device: DeviceInfo, backend: str) -
         for spec, numbers in alike.items()
     }
     return [{"layers": numbers, **answer} for numbers, answer in answers.items()]
+
+
+def _specs(path: Path, wanted: frozenset[int] | None) -> dict[int, LayerSpec]:
+    try:
+        return layer_specs(Checkpoint.open(path), wanted)
+    except NotFound as missing:
+        raise InvalidArgument(f"--layer: {missing}") from None
 
 
 def _answer(spec: LayerSpec, form: CallForm, device: DeviceInfo, states: States) -> Answer:
@@ -97,8 +107,8 @@ def show(answer: Answer, device: DeviceInfo, console: Console) -> None:
     layers = f"layers {answer['layers']}, " if "layers" in answer else ""
     flashinfer = device.flashinfer or "absent"
     title = f"{layers}routing {answer['routing_method']} on {device.arch}, FlashInfer {flashinfer}"
-    console.print(_plans(answer, title))
-    console.print(_rejections(answer))
+    console.print(folded(_plans(answer, title)))
+    console.print(folded(_rejections(answer)))
     if answer["advice"]:
         console.print(f"[bold red]no plan:[/] {answer['advice']}")
 

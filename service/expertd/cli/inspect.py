@@ -18,6 +18,7 @@ from expertd.capability.device import DeviceInfo, device_named
 from expertd.capability.explain import explain
 from expertd.capability.spec import call_form
 from expertd.cli.capabilities import add_device_arguments
+from expertd.cli.tables import console, folded
 from expertd.core import LayerSpec
 from expertd.errors import InvalidArgument
 from expertd.weights.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer, indent=1))
     else:
-        show(answer, Console())
+        show(answer, console())
     return 1 if answer["refused"] else 0
 
 
@@ -137,7 +138,7 @@ def show(answer: Answer, console: Console) -> None:
     table.title = title
     for kind in answer["layers"]:
         table.add_row(*_row(kind))
-    console.print(table)
+    console.print(folded(table))
     for layer, why in answer["refused"].items():
         console.print(f"layer {layer} cannot be served: {why}")
     if "placement" in answer:
@@ -170,7 +171,7 @@ def _show_placement(placement: Answer, console: Console) -> None:
     table = Table("card", "serve with", "bytes", title=f"cards with {room} for experts")
     for number, card in enumerate(placement["cards"]):
         table.add_row(str(number), card["flags"], gib(card["bytes"]))
-    console.print(table)
+    console.print(folded(table))
 
 
 def gib(count: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from expertd.cli.tables import console
 from expertd.errors import InvalidArgument
 from expertd.weights.balance import Ranges, balance, even_ranges, imbalance, predicted
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(answer, indent=1))
     else:
-        show(answer, Console())
+        show(answer, console())
     return 0
 
 

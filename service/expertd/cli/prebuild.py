@@ -190,7 +190,8 @@ class Lines:
 def show(title: str, lines: Lines) -> bool:
     """Prints a line for each module and a bar below; whether anything was said of one."""
     told = False
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    bar = Console(stderr=True)
+    with Progress(console=bar, disable=not bar.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=None)
         for line in lines:
             if isinstance(line, str):

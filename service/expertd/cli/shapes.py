@@ -11,7 +11,8 @@ import torch
 
 from expertd.backends.build import torch_device
 from expertd.capability.device import DeviceInfo
-from expertd.config import cache_directory, parse_range, parse_ranges
+from expertd.cli.arguments import accepted
+from expertd.config import cache_directory, number, parse_range, parse_ranges
 from expertd.core import LayerSpec
 from expertd.core.buckets import token_buckets
 from expertd.engine.graphs import graphs_for
@@ -28,10 +29,11 @@ from expertd.weights.layers import ranges
 def add_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
     """The checkpoint, and how a server would serve it."""
     parser.add_argument("--model", type=Path, required=required, metavar="PATH")
-    parser.add_argument("--layers", type=parse_ranges, metavar="3-10,12")
-    parser.add_argument("--experts", type=parse_range, metavar="0-63")
-    parser.add_argument("--max-batch-tokens", type=int, default=8192, metavar="ROWS")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: cores - 1")
+    parser.add_argument("--layers", type=accepted(parse_ranges), metavar="3-10,12")
+    parser.add_argument("--experts", type=accepted(parse_range), metavar="0-63")
+    rows, threads = accepted(number(1, 1 << 24)), accepted(number(0, 1024))
+    parser.add_argument("--max-batch-tokens", type=rows, default=8192, metavar="ROWS")
+    parser.add_argument("--threads", type=threads, default=0, help="CPU threads, 0: cores - 1")
 
 
 def first_layers(

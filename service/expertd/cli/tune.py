@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from expertd.capability.device import DeviceInfo, detect
 from expertd.cli import shapes
+from expertd.cli.tables import console, folded
 from expertd.engine.resident import Resident, Trust
 from expertd.engine.tuner import Tuning
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"device": device.name, "shapes": answers}))
     else:
         for answer in answers:
-            Console().print(_table(answer))
+            console().print(folded(_table(answer)))
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,8 @@ from expertd.capability.device import DeviceInfo, detect
 from expertd.capability.match import device_refusals
 from expertd.capability.row import Row, State
 from expertd.capability.rows import BACKENDS, ROWS
-from expertd.cli import shapes
+from expertd.cli import NO_PLAN, arguments, shapes
+from expertd.cli.tables import console, folded
 from expertd.config import cache_directory
 from expertd.core import QuantScheme
 from expertd.engine.loader import layer_of
@@ -41,17 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes.add_arguments(parser, required=False)
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda:N")
     parser.add_argument("--backend", default=None, metavar="NAME")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=arguments.seed, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 if every cell that ran is proven, 1 if one failed."""
+    """0 if every cell that ran is proven, 1 if one failed, 3 if none can run here."""
     if args.backend is not None and args.backend not in BACKENDS:
         raise InvalidArgument(f"--backend {args.backend}: accepted: {', '.join(BACKENDS)}")
     device = detect(args.device)
     cells = list(usable_cells(device, args.backend))
-    proofs = list(_proven(cells, device, args.seed, quiet=args.json))
+    proofs = list(_proven(cells, device, args.seed))
     ProofStore(cache_directory(), device).keep(proofs)
     on_shapes = dict(_on_shapes(args, device)) if args.model else {}
     if args.json:
@@ -61,6 +63,14 @@ def run(args: argparse.Namespace) -> int:
         for layers, mine in on_shapes.items():
             _show(f"layers {layers} of {args.model}", mine)
     everything = [*proofs, *(proof for mine in on_shapes.values() for proof in mine)]
+    if not everything:
+        of = f" of {args.backend}" if args.backend else ""
+        print(
+            f"expertd: nothing is proven: no kernel{of} can run on {device.name}; "
+            "expertd capabilities says why",
+            file=sys.stderr,
+        )
+        return NO_PLAN
     return 1 if any(proof.state is State.FAILED for proof in everything) else 0
 
 
@@ -87,10 +97,9 @@ def usable_cells(device: DeviceInfo, backend: str | None) -> Iterator[tuple[Row,
         yield from ((row, quant) for quant in row.quants)
 
 
-def _proven(
-    cells: list[tuple[Row, QuantScheme]], device: DeviceInfo, seed: int, quiet: bool
-) -> Iterable[Proof]:
-    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+def _proven(cells: list[tuple[Row, QuantScheme]], device: DeviceInfo, seed: int) -> Iterable[Proof]:
+    bar = Console(stderr=True)
+    with Progress(console=bar, disable=not bar.is_terminal, transient=True) as progress:
         task = progress.add_task("proving", total=len(cells))
         for row, quant in cells:
             progress.update(task, description=f"{row.entry} {quant}")
@@ -145,11 +154,11 @@ def _show(title: str, proofs: list[Proof]) -> None:
         bound = f"{proof.worst:.1e} / {proof.tolerance:.0e}" if proof.trials else ""
         state = f"[{colour}]{proof.state}[/]"
         table.add_row(*proof.cell, state, str(len(proof.trials)), bound)
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(folded(table))
     for text in dict.fromkeys(text for proof in proofs for text in proof.absent):
-        console.print(f"not run: {text}")
+        out.print(f"not run: {text}")
     for proof in proofs:
         for trial in proof.failures[:5]:
             what = trial.fault or f"error {trial.error:.2e}"
-            console.print(f"{'/'.join(proof.cell)}: {trial.case} ({trial.layer}): {what}")
+            out.print(f"{'/'.join(proof.cell)}: {trial.case} ({trial.layer}): {what}")
