@@ -26,7 +26,7 @@ class HostChecks:
 
     def topk(self, ids_TK: Tensor, weights_TK: Tensor, spec: LayerSpec, partial: bool) -> Tensor:
         if ids_TK.numel() <= FEW_IDS and _plainly_good(ids_TK, weights_TK, spec, partial):
-            return ids_TK.to(torch.int32, copy=True)
+            return ids_TK.clone() if ids_TK.dtype is torch.int32 else ids_TK.to(torch.int32)
         return self._coded(*check_topk(ids_TK, weights_TK, spec, partial))
 
     def logits(self, logits_TE: Tensor, top_k: int) -> Tensor:
@@ -49,8 +49,12 @@ class HostChecks:
 def _plainly_good(ids_TK: Tensor, weights_TK: Tensor, spec: LayerSpec, partial: bool) -> bool:
     """Whether every id is one of an expert that may be named, and named once."""
     begin, end = (0, spec.num_experts) if partial else (spec.expert_begin, spec.expert_end)
-    good = all(
-        begin <= min(row) and max(row) < end and len(set(row)) == len(row)
-        for row in ids_TK.tolist()
+    rows = zip(ids_TK.tolist(), weights_TK.tolist(), strict=True)
+    return all(
+        begin <= min(ids)
+        and max(ids) < end
+        and len(set(ids)) == len(ids)
+        # A sum is finite only if all it adds is.
+        and math.isfinite(sum(weights))
+        for ids, weights in rows
     )
-    return good and all(map(math.isfinite, weights_TK.flatten().tolist()))

@@ -55,17 +55,31 @@ class Slot:
 
     def __init__(self, like: Batch, tokens: int) -> None:
         self.batch = Batch(**_buffers(like, tokens))
-        self.inputs = {name: t for name in EMPTY if (t := getattr(self.batch, name)) is not None}
         self.filled = 0
+        self._names = [name for name in EMPTY if getattr(self.batch, name) is not None]
+        self._first: dict[int, tuple[list[Tensor], Tensor]] = {}
 
     def fill(self, batch: Batch) -> None:
         """Copies a batch in; rows that an earlier one left behind become empty."""
         count = len(batch.rows)
-        for name, buffer in self.inputs.items():
-            buffer[:count].copy_(getattr(batch, name), non_blocking=True)
-            if count < self.filled:
-                buffer[count : self.filled].fill_(EMPTY[name])
+        torch._foreach_copy_(self._rows(count)[0], [getattr(batch, name) for name in self._names])
+        if count < self.filled:
+            for name in self._names:
+                getattr(self.batch, name)[count : self.filled].fill_(EMPTY[name])
         self.filled = count
+
+    def bring_out(self, batch: Batch) -> None:
+        """Copies the results of what was filled in to where they belong."""
+        batch.out.copy_(self._rows(self.filled)[1])
+
+    def _rows(self, count: int) -> tuple[list[Tensor], Tensor]:
+        """The first rows of what is copied in and of what is copied out."""
+        found = self._first.get(count)
+        if found is None:
+            whole = [getattr(self.batch, name) for name in (*self._names, "out")]
+            *inputs, out = (buffer[:count] for buffer in whole)
+            found = self._first[count] = inputs, out
+        return found
 
 
 class Graphs:
@@ -126,7 +140,7 @@ def _replayer(
         slot, run = captured[index]
         slot.fill(batch)
         run()
-        batch.out.copy_(slot.batch.out[: len(batch.rows)])
+        slot.bring_out(batch)
         return True
 
     return replay

@@ -139,9 +139,9 @@ class Staging:
 
     def output(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Memory for the batch's result [T, H] on the device, of one owner."""
-        array = np.empty((rows, columns * dtype.itemsize), np.uint8)
-        self._result = array.data.cast("B")
-        return torch.from_numpy(array).view(dtype)
+        memory = np.empty(rows * columns * dtype.itemsize, np.uint8)
+        self._result = memory.data
+        return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
 
     def bring_out(self, out_TH: Tensor) -> None:
         """Begins to bring out what output() gave, and ends the batch's work."""
