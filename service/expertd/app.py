@@ -69,23 +69,23 @@ class App:
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
         self.settings = settings
         self._stop = stop
-        self._device = _device(settings)
-        torch_device = _torch_device(self._device)
+        self.device = _device(settings)
+        torch_device = _torch_device(self.device)
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
         self.residents = Residents()
-        self.metrics = Metrics(self.residents, build_info(self._device))
+        self.metrics = Metrics(self.residents, build_info(self.device))
         self.metrics.cells(self._count_cells)
         self.metrics.experts(each=settings.expert_rows)
         self.engine = Engine(
             self.residents, torch_device, _options(settings), self.metrics, self._lose
         )
-        self._prover = Prover(ProofStore(cache_directory(), self._device), self._device)
+        self._prover = Prover(ProofStore(cache_directory(), self.device), self.device)
         trust = Trust(_trusts_declared(settings), settings.exact_routing)
-        tuner = Tuner(TimingStore(cache_directory(), self._device), torch_device, _tuning(settings))
+        tuner = Tuner(TimingStore(cache_directory(), self.device), torch_device, _tuning(settings))
         graphs = graphs_for(torch_device, tuner.buckets, settings.cuda_graphs == "auto")
         layouts = Layouts(_layout_budget(settings, torch_device, self.residents), torch_device)
         self.loader = Loader(
-            self.residents, self._device, torch_device, self._prover, tuner, graphs, trust, layouts
+            self.residents, self.device, torch_device, self._prover, tuner, graphs, trust, layouts
         )
         check = partial(check_source, settings)
         self.steward = Steward(self.loader, self.residents, check, stop.set)
@@ -96,7 +96,7 @@ class App:
 
     def start(self) -> Addresses:
         """Binds, opens the checkpoints and begins to load; raises ExpertdError."""
-        for found in drift(self._device.flashinfer):
+        for found in drift(self.device.flashinfer):
             log.warning("FlashInfer drift: %s", found.text)
         for name, hidden in self.settings.identity:
             self.loader.add_identity(name, int(hidden))
@@ -176,7 +176,7 @@ class App:
                 self._grpc.set_serving(serving)
 
     def _capabilities(self) -> pb.GetCapabilitiesReply:
-        return capabilities(self._device, self._prover.known)
+        return capabilities(self.device, self._prover.known)
 
     def _count_cells(self) -> Iterable[tuple[str, int]]:
         return Counter(cell.state for cell in self._capabilities().cells).items()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -13,9 +15,12 @@ from tests.e2e.servers import Server, serving
 
 from expertd.weights.demo import write_demo
 from expertd.weights.writer import write_json, write_shards
-from expertd_client import Client
+from expertd_client import Client, ExpertPool
 
 HIDDEN, WIDTH, EXPERTS, LAYERS = 1024, 512, 48, 3
+CALLERS, LEFT_BY_MESSAGES = 6, 400 << 20
+"""What so many callers of 112 MiB a call, each way, may leave in memory. Twelve messages of 8 MiB
+are under way at once, and each is copied a few times."""
 
 
 def write_checkpoint(path: Path, demo: Path) -> None:
@@ -80,3 +85,27 @@ def test_memory_is_the_weights_and_little_else(home: Path, tmp_path: Path) -> No
     )
     assert loaded - empty >= 0.9 * held, "the weights must be in anonymous memory to be measured"
     assert max(loaded, used) < 1.3 * held + empty
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_large_messages_leave_little_behind(home: Path, kind: str) -> None:
+    rows = np.ones((8192, 7168), np.float16)
+    program = (
+        f"import sys; from expertd.cli import main, serve; known = serve.MALLOC; "
+        f"known.update((name, dict.fromkeys(by, by[{kind!r}])) for name, by in known.items()); "
+        "sys.exit(main())"
+    )
+
+    def call(pool: ExpertPool) -> None:
+        for _ in range(3):
+            pool.forward("echo", 0, rows, timeout=120)
+
+    flags = ("--identity", "echo=7168")
+    with serving(home, *flags, program=(sys.executable, "-c", program)) as server:
+        empty = anonymous_bytes(server)
+        with ExpertPool([server.grpc]) as pool, ThreadPoolExecutor(CALLERS) as threads:
+            list(threads.map(call, [pool] * CALLERS))
+        left = anonymous_bytes(server) - empty
+    print(f"empty {empty >> 20} MiB, left by messages {left >> 20}")
+    assert left < LEFT_BY_MESSAGES

@@ -32,15 +32,16 @@ Less costs every call on a busy machine (docs/benchmarks, switch-interval).
 """
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 MALLOC = {
-    # Larger pieces go back to the system when they are freed; a message, of which a pool's have
-    # 8 MiB, finds the memory of the one before.
-    M_MMAP_THRESHOLD: 16 << 20,
-    # So much of it stays at most, holes between pieces in use aside,
-    M_TRIM_THRESHOLD: 64 << 20,
+    # Larger pieces go back to the system when they are freed. What torch computes on a processor
+    # leaves holes that grow with the pieces; beside a card there are messages only, of which a
+    # pool's have 8 MiB: each finds the memory of the one before.
+    M_MMAP_THRESHOLD: {"cpu": 2 << 20, "cuda": 16 << 20},
+    # So much of what is freed stays at most, holes between pieces in use aside,
+    M_TRIM_THRESHOLD: {"cpu": 64 << 20, "cuda": 64 << 20},
     # and it stays once, not once for each thread that ever held a message.
-    M_ARENA_MAX: 1,
+    M_ARENA_MAX: {"cpu": 1, "cuda": 1},
 }
-"""What glibc's mallopt() is told (docs/benchmarks, memory-of-messages)."""
+"""What glibc's mallopt() is told, by the kind of device (docs/benchmarks, memory-of-messages)."""
 
 LIBRARIES = {
     # Compute threads must not spin while they wait.
@@ -89,7 +90,7 @@ def serve(settings: Settings) -> int:
     """
     check_settings(settings)
     sys.setswitchinterval(SWITCH_SECONDS)
-    _give_memory_back()
+    _manage_memory("cpu")
     from expertd.app import App
 
     stop = threading.Event()
@@ -97,7 +98,9 @@ def serve(settings: Settings) -> int:
         signal.signal(number, lambda *_: stop.set())
     app = App(settings, stop)
     addresses = app.start()
-    if app.wait_ready():
+    ready = app.wait_ready()
+    _manage_memory(app.device.kind)
+    if ready:
         _announce(settings, addresses)
     elif not stop.is_set():
         print("expertd: not every layer is ready; /readyz says why", file=sys.stderr)
@@ -127,9 +130,9 @@ def _announce(settings: Settings, addresses: Addresses) -> None:
     print(SNIPPET.format(grpc=addresses.grpc), flush=True)
 
 
-def _give_memory_back() -> None:
+def _manage_memory(kind: str) -> None:
     """Else each thread's heap keeps the most it ever held, and message after message is new."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries do without
     if mallopt is not None:
-        for parameter, value in MALLOC.items():
-            mallopt(parameter, value)
+        for parameter, by_kind in MALLOC.items():
+            mallopt(parameter, by_kind[kind])
