@@ -100,11 +100,12 @@ def test_a_delay_lets_two_calls_of_an_idle_server_meet() -> None:
     flags = ("--batch-delay-us", "1000000", "--max-batch-tokens", "4")
     with in_process("--identity", "echo=8", *flags) as (app, addresses):
         assert app.wait_ready()
-        with Client(addresses.grpc) as client:
-            assert client.health()
-            calls = [lambda s=seed: client.forward("echo", 0, rows(2, seed=s)) for seed in (1, 2)]
-            for seed, found in zip((1, 2), together(client, calls), strict=True):
-                np.testing.assert_array_equal(found, rows(2, seed=seed))
+        local = Local(app, addresses)
+        with Client(addresses.grpc) as client, ThreadPoolExecutor(1) as pool:
+            first = pool.submit(client.forward, "echo", 0, rows(2, seed=1))
+            until(lambda: local.echo.queued_tokens == 2)
+            np.testing.assert_array_equal(client.forward("echo", 0, rows(2)), rows(2))
+            np.testing.assert_array_equal(first.result(20), rows(2, seed=1))
         told = scrape(addresses.http)
     assert value(told, "expertd_batch_requests_count") == 1
     assert value(told, "expertd_batch_requests_sum") == 2
