@@ -36,7 +36,7 @@ from expertd.weights.canonical import ExpertWeights
 from expertd.weights.matrix import allocate
 
 DEVICE = torch.device("cuda:0")
-HEIGHTS = (16, 32, 64, 128)
+HEIGHTS = (8, 16, 32, 64, 128)
 SAME = 0.03
 """The most that two tilings of one GEMM differ: roundings to e4m3 may fall elsewhere."""
 ACTIVATION = {"fp8_block128": "fp8_group128", "fp8_tensor": "fp8_tensor"}
@@ -50,11 +50,12 @@ class Found:
     us: float
 
 
-def heights(pairs: int, held: int) -> list[int]:
-    """Those near to what an expert gets."""
+def heights(pairs: int, held: int, packed: bool) -> list[int]:
+    """Those near to what an expert gets; only decoded weights are multiplied by 8 rows."""
     each = an_expert(pairs, held)
-    near = [m for m in HEIGHTS if 0.4 * each <= m <= 4 * each]
-    return (near or [16 if each < 16 else 128])[-3:]
+    sizes = HEIGHTS if packed else HEIGHTS[1:]
+    near = [m for m in sizes if 0.4 * each <= m <= 4 * each]
+    return (near or [sizes[0] if each < 16 else 128])[-3:]
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def candidates(m: int, kind: Kind) -> Iterator[Tile]:
     depths = (wide,) if kind.blocks or m > 16 else (wide, 2 * wide)
     stages = (2, 3) if kind.packed else (2, 3, 4, 5) if m > 32 else (3, 5)
     # wgmma wants four warps; two multiply decoded weights where they are, as its forerunner does.
-    warps = (2, 4) if kind.packed and m <= 32 else (4,) if m <= 32 else (4, 8)
+    warps = (1, 2, 4) if kind.packed and m <= 32 else (4,) if m <= 32 else (4, 8)
     for n, k, count, deep, (swapped, mapped), short in itertools.product(
-        widths(m, kind), depths, warps, stages, ways(m, kind), shorts(m)
+        widths(m, kind), depths, warps, stages, ways(m, kind), shorts(m, kind)
     ):
         tile = Tile(m, n, k, 1, count, deep, swapped, mapped, short)
         if fits(tile, kind):
@@ -99,14 +100,17 @@ def ways(m: int, kind: Kind) -> tuple[tuple[bool, bool], ...]:
     return (*both, (True, True)) if m <= 64 else both
 
 
-def shorts(m: int) -> tuple[int, ...]:
+def shorts(m: int, kind: Kind) -> tuple[int, ...]:
+    if kind.packed and m >= 32:
+        return (0, m // 2, m // 4)
     return (0, 64) if m == 128 else (0,)
 
 
 def fits(tile: Tile, kind: Kind) -> bool:
     """Whether registers suffice, and no warp is idle."""
     sums = tile.m * tile.n * kind.halves / (tile.warps * 32)
-    busy = (tile.n >= 64 or not tile.swapped or tile.warps == 2) and (sums >= 32 or tile.warps <= 4)
+    wide = tile.n >= min(64, 16 * tile.warps) or not tile.swapped
+    busy = wide and (sums >= 32 or tile.warps <= 4)
     return busy and sums <= 160
 
 
@@ -122,12 +126,15 @@ class Search:
         self.backend.check()
         self.backend.prepare_weights(weights, None)
 
+    def heights(self, pairs: int) -> list[int]:
+        return heights(pairs, self.shape.spec.held, self.backend._native.first.format.packed > 1)
+
     def tiles(self, m: int, second: bool) -> list[Tile]:
         native = self.backend._native
         matrix = native.second if second else native.first
         blocks = matrix.kind == "groups" or matrix.format.group == 128
         halves = 2 if self.shape.spec.activation.gated and not second else 1
-        kind = Kind(matrix.fp8, matrix.format.packed == 2, blocks, halves)
+        kind = Kind(matrix.fp8, matrix.format.packed > 1, blocks, halves)
         card = card_of(DEVICE)
         fitting = (t for t in candidates(m, kind) if need(t, matrix, halves, card) <= card.shared)
         return list(fitting)
@@ -157,8 +164,8 @@ def by_time(found: Found) -> float:
 
 
 def both(loose: bool, tile: Tile) -> Cut:
-    """The tile for both GEMMs; loose: blocks of one pair."""
-    return Cut(not loose, loose, tile, tile)
+    """The tile for both GEMMs; loose: blocks of one pair. Few rows are split in the loop."""
+    return Cut(not loose, loose or tile.m <= 16, tile, tile)
 
 
 def compile_all(shapes: Sequence[str], jobs: int, tokens: Sequence[int]) -> None:
@@ -189,7 +196,7 @@ def _kernels(
     shape: Shape, search: Search, tokens: Sequence[int]
 ) -> Iterator[tuple[int, bool, bool, Tile]]:
     for count in tokens:
-        for m in heights(count * shape.top_k, shape.spec.held):
+        for m in search.heights(count * shape.top_k):
             for second in (False, True):
                 for tile in search.tiles(m, second):
                     yield m, count == 1, second, tile
@@ -228,7 +235,7 @@ def search(shape: Shape, tokens: Sequence[int], seconds: float) -> Iterator[dict
 def _best(search: Search, batches: Sequence[Batch], second: bool, seconds: float) -> Tile:
     """The fastest tile of a GEMM at any height that may pay."""
     assert batches[0].ids is not None
-    sizes = heights(batches[0].ids.numel(), search.shape.spec.held)
+    sizes = search.heights(batches[0].ids.numel())
     found = [_fastest(search, batches, m, second, seconds) for m in sizes]
     return min(found, key=by_time).tile
 

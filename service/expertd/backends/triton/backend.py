@@ -79,7 +79,7 @@ class Triton(Backend):
         sites = self._sites(batch.ids, batch.weights, cut, memory)
         matrix, second = self._native.first, self._native.second
         rows = prepared(batch, matrix, _of(memory, "rows"), cut.in_loop, cut.sorted)
-        inner = self._inner(memory)
+        inner = self._inner(memory, cut)
         late = second.kind == "rows"
         made = Rows(memory["plain"]) if late else inner
         gated = self.spec.activation.gated
@@ -98,17 +98,19 @@ class Triton(Backend):
         """Rows that have one scale each cannot be quantised tile by tile, in the first GEMM."""
         if self._native.second.kind != "rows":
             return
-        inner = self._inner(memory)
+        inner = self._inner(memory, cut)
         assert inner.scale is not None
         held = self.spec.held
         count = ends_of(memory["blocks"], memory["plain"].shape[0])[held:] if cut.sorted else None
         quantize_rows(memory["plain"], inner.values, inner.scale, count=count)
 
-    def _inner(self, memory: Memory) -> Rows:
+    def _inner(self, memory: Memory, cut: Cut) -> Rows:
         """Where the second GEMM's input lies."""
         second, parts = self._native.second, _of(memory, "inner")
         scale = second.rows_scale if second.kind == "fixed" else parts.get("scale")
-        return Rows(parts["codes"], scale, split=second.format.packed == 2)
+        # Tensor maps read pieces only.
+        split = second.format.packed > 1 and (cut.second.mapped or not cut.in_loop)
+        return Rows(parts["codes"], scale, split)
 
     def _sites(self, ids: Tensor, router: Tensor, cut: Cut, memory: Memory) -> list[Site]:
         """What both GEMMs are told of the call."""

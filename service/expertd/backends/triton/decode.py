@@ -9,60 +9,58 @@ import triton.language as tl
 
 from expertd.backends.triton.dot import INTERPRETED, e4m3, rounded
 
-# $4: four bytes; $5, $7: the scale of the first two and of the last two, in both halves of a word
-# ($6 and $8 are copies: neighbours in a register have one scale, but a thread's next two bytes may
-# be of another row); $0, $1: the scaled values of the low nibbles; $2, $3: of the high ones.
+# $4: two words of four nibbles each, neighbours along K; $5: their scale in both halves of a
+# register ($6 is a copy); $0 to $3: the scaled values of their first, second, … nibbles.
 _CONSTANTS = """
-        .reg .b32 t, a, s, z, o, m;
+        .reg .b32 t, a, z, o, m;
         mov.b32 z, 0x80008000;
         mov.b32 o, 0x3F803F80;
         mov.b32 m, 0xC308C308;
+        mov.b32 t, $4;
 """
-# Two bytes become the upper halves of two 16-bit lanes. A high nibble has its sign in place, its
-# magnitude, moved down by 6, is that of a bfloat16 2 ** 126 times smaller. The scale makes up for
-# that (times_126) and takes the sign along: the product is exact. Low nibbles are 4 further down.
-_E2M1_HALF = """
-        prmt.b32 t, $4, 0, {select};
-        shr.u32 a, t, 6;
-        and.b32 a, a, 0x01C001C0;
-        lop3.b32 s, t, z, ${scale}, 0xEA;
-        fma.rn.bf16x2 ${high}, a, s, z;
-        shr.u32 a, t, 2;
-        and.b32 a, a, 0x01C001C0;
-        shl.b32 s, t, 4;
-        lop3.b32 s, s, z, ${scale}, 0xEA;
-        fma.rn.bf16x2 ${low}, a, s, z;
+# A nibble's sign belongs to bit 15, its magnitude to bits 6 to 8, where it is that of a bfloat16
+# 2 ** 126 times smaller: one multiplication moves both. The scale makes up for that (TIMES_126).
+_E2M1_NIBBLE = """
+        and.b32 a, t, {here};
+        mul.lo.u32 a, a, {moved};
+        and.b32 a, a, 0x81C081C0;
+        fma.rn.bf16x2 ${low}, a, $5, z;
 """
-# Two bytes become the lower halves. A nibble with its sign bit flipped, put into the mantissa of
-# 128, makes 136 plus its value.
-_INT4_HALF = """
-        prmt.b32 t, $4, 0, {select};
+# A nibble with its sign bit flipped, put into the mantissa of 128, makes 136 plus its value.
+_INT4_NIBBLE = """
         lop3.b32 a, t, 0x000F000F, 0x43084308, 0x6A;
         fma.rn.bf16x2 a, a, o, m;
-        fma.rn.bf16x2 ${low}, a, ${scale}, z;
-        shr.u32 t, t, 4;
-        lop3.b32 a, t, 0x000F000F, 0x43084308, 0x6A;
-        fma.rn.bf16x2 a, a, o, m;
-        fma.rn.bf16x2 ${high}, a, ${scale}, z;
+        fma.rn.bf16x2 ${low}, a, $5, z;
 """
-
-
 TIMES_126 = tl.constexpr(2.0**126)
 E4M3_SHRUNK = tl.constexpr(2.0**-9)
 """What scales of e4m3 are multiplied with, so that 2 ** 126 times 448 is finite; the scale after
 the loop has its inverse (weights.py)."""
 
 
-def _asm(half: str, *selects: str) -> str:
-    halves = (
-        half.format(select=select, low=n, high=n + 2, scale=5 + 2 * n)
-        for n, select in enumerate(selects)
-    )
-    return "{" + _CONSTANTS + "".join(halves) + "}"
+def _asm(*steps: str) -> str:
+    return "{" + _CONSTANTS + "".join(steps) + "}"
 
 
-E2M1_ASM = tl.constexpr(_asm(_E2M1_HALF, "0x1404", "0x3424"))
-INT4_ASM = tl.constexpr(_asm(_INT4_HALF, "0x4140", "0x4342"))
+def _e2m1_asm() -> str:
+    """The nibbles of the low bytes, then those of the high ones."""
+    steps = []
+    for low in (0, 2):
+        steps += [
+            _E2M1_NIBBLE.format(here="0x000F000F", moved="0x1040", low=low),
+            _E2M1_NIBBLE.format(here="0x00F000F0", moved="0x0104", low=low + 1),
+            "shr.u32 t, t, 8;",
+        ]
+    return _asm(*steps[:-1])
+
+
+def _int4_asm() -> str:
+    steps = [_INT4_NIBBLE.format(low=low) for low in range(4)]
+    return _asm("shr.u32 t, t, 4;".join(steps))
+
+
+E2M1_ASM = tl.constexpr(_e2m1_asm())
+INT4_ASM = tl.constexpr(_int4_asm())
 
 
 @triton.jit
@@ -74,58 +72,58 @@ def decode(codes, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def decode_pair(codes, scale, FORMAT: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr):
-    """Bytes [N, K] of two values, and stored scales [N, K / G]: the scaled values of the low
-    nibbles, and of the high ones, in COMPUTE."""
+def decode_words(words, scale, FORMAT: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr):
+    """Words [N, K] of four nibbles, and stored scales [N, K / G]: the scaled values of the first
+    (lowest) nibbles, of the second, of the third and of the last ones, in COMPUTE."""
     if INTERPRETED or SCALE == "e8m0":
-        low, high = _nibbles(codes, FORMAT)
         scale = decode_scale(scale, SCALE)
         if SCALE == "e4m3":
             scale *= E4M3_SHRUNK
-        low = rounded(times_groups(low, scale), COMPUTE)
-        high = rounded(times_groups(high, scale), COMPUTE)
+        first = rounded(times_groups(_nibbles(words, FORMAT), scale), COMPUTE)
+        second = rounded(times_groups(_nibbles(words >> 4, FORMAT), scale), COMPUTE)
+        third = rounded(times_groups(_nibbles(words >> 8, FORMAT), scale), COMPUTE)
+        fourth = rounded(times_groups(_nibbles(words >> 12, FORMAT), scale), COMPUTE)
     else:
-        low, high = _packed(codes, _words(scale, SCALE), FORMAT)
-    return low, high
+        first, second, third, fourth = _packed(words, _twice(scale, SCALE), FORMAT)
+    return first, second, third, fourth
 
 
 @triton.jit
-def _words(scale, SCALE: tl.constexpr):
-    """Stored scales as bfloat16 twice in a word; those of e2m1 2 ** 126 times larger."""
+def _twice(scale, SCALE: tl.constexpr):
+    """Stored scales as bfloat16 in both halves of a word; those of e2m1 2 ** 126 times larger."""
     if SCALE == "e8m0_small":
-        half = (scale.to(tl.uint32) + 126) << 7
+        words = scale.to(tl.uint32) * 0x00800080 + 0x3F003F00
     elif SCALE == "e4m3":
         bits = (e4m3(scale) * (TIMES_126 * E4M3_SHRUNK)).to(tl.uint32, bitcast=True)
-        half = bits >> 16
+        words = (bits >> 16) * 0x00010001
     else:
-        half = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return half | (half << 16)
+        words = scale.to(tl.uint16, bitcast=True).to(tl.uint32) * 0x00010001
+    return words
 
 
 @triton.jit
-def _nibbles(codes, FORMAT: tl.constexpr):
+def _nibbles(words, FORMAT: tl.constexpr):
+    """The lowest nibbles as float32."""
+    nibbles = words & 15
     if FORMAT == "e2m1":
-        low = _e2m1(codes & 15)
-        high = _e2m1(codes >> 4)
+        values = _e2m1(nibbles)
     else:
         tl.static_assert(FORMAT == "int4", "a packed format that nobody decodes")
-        low = _int4(codes & 15)
-        high = _int4(codes >> 4)
-    return low, high
+        values = _int4(nibbles)
+    return values
 
 
 @triton.jit
-def _packed(codes, words, FORMAT: tl.constexpr):
-    """The same in a few instructions for four bytes: weights arrive as fast as this lets them."""
+def _packed(words, scale, FORMAT: tl.constexpr):
+    """The same in a few instructions for eight values: weights arrive as fast as this lets them."""
     ASM: tl.constexpr = E2M1_ASM if FORMAT == "e2m1" else INT4_ASM
-    spread = spread_groups(words, codes)
     return tl.inline_asm_elementwise(
         ASM,
-        "=&r,=&r,=&r,=&r,r,r,r,r,r",
-        [codes, spread],
-        dtype=(tl.bfloat16, tl.bfloat16),
+        "=&r,=&r,=&r,=&r,r,r,r",
+        [words, spread_groups(scale, words)],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
         is_pure=True,
-        pack=4,
+        pack=2,
     )
 
 

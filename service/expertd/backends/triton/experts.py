@@ -34,7 +34,7 @@ def first_gemm(
 ):  # fmt: skip
     """rows [T, H] x w13 → inner [N, I], a row for each pair in the blocks' order.
 
-    INNER: how inner is stored: "plain", "split" (even columns first), "fixed" (e4m3 by one scale
+    INNER: how inner is stored: "plain", "split" (by columns modulo 4), "fixed" (e4m3 by one scale
     an expert), "groups" (e4m3, a scale for 128 columns) or "mxfp8" (rounded to what mxfp8 holds).
     A block of at most SHORT rows is computed as one of that height: an expert's last ones are.
     """
@@ -270,11 +270,7 @@ def _store_inner(
     start = ptr + row[:, None] * inner
     mask = there[:, None] & inside[None, :]
     if INNER == "split":
-        even, odd = tl.split(tl.reshape(values, (M, N // 2, 2)))
-        half = tile * (N // 2) + tl.arange(0, N // 2)
-        mask = there[:, None] & (half < inner // 2)[None, :]
-        tl.store(start + half[None, :], rounded(even, ptr.dtype.element_ty), mask=mask)
-        tl.store(start + inner // 2 + half[None, :], rounded(odd, ptr.dtype.element_ty), mask=mask)
+        _store_split(start, there, inner // 4, tile, values, M, N)
     elif INNER == "groups":
         tl.static_assert(N == 128, "a tile is one group wide")
         codes, scale = quantized(tl.where(mask, values, 0.0))
@@ -289,3 +285,19 @@ def _store_inner(
         tl.store(start + column[None, :], values, mask=mask)
     else:
         tl.store(start + column[None, :], rounded(values, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_split(start, there, words, tile, values, M: tl.constexpr, N: tl.constexpr):
+    """Columns of one remainder by 4 after those of another."""
+    even, odd = tl.split(tl.reshape(values, (M, N // 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    column = tile * (N // 4) + tl.arange(0, N // 4)
+    mask = there[:, None] & (column < words)[None, :]
+    place = start + column[None, :]
+    KIND: tl.constexpr = start.dtype.element_ty
+    tl.store(place, rounded(first, KIND), mask=mask)
+    tl.store(place + words, rounded(second, KIND), mask=mask)
+    tl.store(place + 2 * words, rounded(third, KIND), mask=mask)
+    tl.store(place + 3 * words, rounded(fourth, KIND), mask=mask)

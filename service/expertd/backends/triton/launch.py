@@ -57,7 +57,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A GEMM's input [R, K] and its scales; split: its even columns lie before its odd ones."""
+    """A GEMM's input [R, K] and its scales; split: its columns lie sorted modulo 4."""
 
     values: Tensor
     scale: Tensor | None = None

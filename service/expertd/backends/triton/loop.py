@@ -1,12 +1,13 @@
 """The K loop that both GEMMs run: rows times one or two matrices of an expert.
 
 FORMAT  how the weights are stored: "plain" is multiplied as it is (bf16, fp16, or fp8 with fp8
-        rows), "e4m3" is decoded, "e2m1" and "int4" too, two values a byte
+        rows), "e4m3" is decoded, "e2m1" and "int4" too, four values a word
 GROUP   how many neighbours along K share a weight scale in the loop: 0 none, 128 blocks (128 rows
         share them too, the sum is scaled), 16 or 32 groups (the values are scaled)
 ROWS    what the rows are: "plain" (cast to COMPUTE), "fp8" (scaled after the loop, if at all),
         "fp8_groups" (a scale for 128 neighbours)
-SPLIT   rows of packed weights: whether the even columns lie before the odd ones in memory
+SPLIT   rows of packed weights, which come in words of four: whether the rows' first, fifth, …
+        columns lie before the second, sixth, … and so on in memory
 MAPPED  whether the weights come as a tensor map, which the copy engine of SM90 and later reads;
 ROW_MAP the same of the rows, which then are neighbours in memory
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from expertd.backends.triton.decode import decode, decode_pair, decode_scale, times_groups
+from expertd.backends.triton.decode import decode, decode_scale, decode_words, times_groups
 from expertd.backends.triton.dot import multiply, nothing, rounded, scaled
 
 
@@ -70,16 +71,17 @@ def accumulate(
         next_block = _block_scale(scale_ptr, begin, ahead, width, GROUP)
         next_other = _block_scale(scale_ptr + half_scales, begin, ahead, width, GROUP)
         next_row = _row_scale(row_scale_ptr, row, ahead, width, ROWS)
-        even, odd = _step_rows(
-            rows_ptr, row, there, row_begin, k, width, FORMAT, SPLIT, COMPUTE, K, EVEN, ROW_MAP
+        rows = _step_rows(
+            rows_ptr, row, there, row_begin, k, width,
+            FORMAT, GROUP, SPLIT, COMPUTE, K, EVEN, ROW_MAP,
         )  # fmt: skip
         first = _add(
-            first, even, odd, row_scale, weight_ptr, scale_ptr, block, top, n, begin, k, width,
+            first, rows, row_scale, weight_ptr, scale_ptr, block, top, n, begin, k, width,
             FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED,
         )  # fmt: skip
         if HALVES == 2:
             second = _add(
-                second, even, odd, row_scale, weight_ptr, scale_ptr + half_scales, other_block,
+                second, rows, row_scale, weight_ptr, scale_ptr + half_scales, other_block,
                 top + half_rows, n, begin, k, width,
                 FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED,
             )  # fmt: skip
@@ -90,49 +92,52 @@ def accumulate(
 @triton.jit
 def _step_rows(
     rows_ptr, row, there, row_begin, k, width,
-    FORMAT: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
     K: tl.constexpr, EVEN: tl.constexpr, ROW_MAP: tl.constexpr,
 ):  # fmt: skip
-    """A step's rows: their even and odd columns where weights come in such pairs."""
+    """A step's rows: every fourth of their columns, four times, where weights come in words."""
     if FORMAT == "e2m1" or FORMAT == "int4":
-        even, odd = _row_pairs(
-            rows_ptr, row, there, row_begin, k, width, SPLIT, COMPUTE, K, EVEN, ROW_MAP
-        )  # fmt: skip
+        words = width // GROUP * (GROUP // 4)  # in a row; a multiple of 8 where GROUP is 32
+        if ROW_MAP:
+            rows = _mapped_planes(rows_ptr, row_begin, k // 4, words)
+        elif SPLIT:
+            rows = _planes(rows_ptr, row, there, k // 4, words, K // 4, EVEN)
+        else:
+            rows = _interleaved(rows_ptr, row, there, k // 4, words, K // 4, EVEN)
     else:
         place = [row_begin, k]
-        even = rows_ptr.load(place) if ROW_MAP else _tile(rows_ptr, row, k, width, K, EVEN)
-        even = rounded(even, COMPUTE)
-        odd = even
-    return even, odd
+        tile = rows_ptr.load(place) if ROW_MAP else _tile(rows_ptr, row, k, width, K, EVEN)
+        rows = (rounded(tile, COMPUTE),)
+    return rows
 
 
 @triton.jit
 def _add(
-    total, even, odd, row_scale, weight_ptr, scale_ptr, block, top, n, begin, k, width,
+    total, rows, row_scale, weight_ptr, scale_ptr, block, top, n, begin, k, width,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, SWAPPED: tl.constexpr,
     MAPPED: tl.constexpr,
 ):  # fmt: skip
     """total + one K step of one half."""
     if FORMAT == "e2m1" or FORMAT == "int4":
-        bytes_of_row = width // GROUP * (GROUP // 2)  # a multiple of 16 where GROUP is 32
-        codes = _weights(weight_ptr, top, n, begin, k // 2, bytes_of_row, K // 2, EVEN, MAPPED)
+        words_of_row = width // GROUP * (GROUP // 4)
+        words = _weights(weight_ptr, top, n, begin, k // 4, words_of_row, K // 4, EVEN, MAPPED)
         scale = _group_scales(scale_ptr, n, k, width, GROUP, K)
-        low, high = decode_pair(codes, scale, FORMAT, SCALE, COMPUTE)
-        total = multiply(even, low, total, SWAPPED)
-        total = multiply(odd, high, total, SWAPPED)
+        values = decode_words(words, scale, FORMAT, SCALE, COMPUTE)
+        for nibble in tl.static_range(4):
+            total = multiply(rows[nibble], values[nibble], total, SWAPPED)
     else:
         values = _weights(weight_ptr, top, n, begin, k, width, K, EVEN, MAPPED)
         values = decode(values, FORMAT)
         if GROUP == 128:
             tl.static_assert(K == 128 and N <= 128, "a tile is one block wide and at most one high")
-            part = multiply(even, rounded(values, COMPUTE), nothing(M, N, SWAPPED), SWAPPED)
+            part = multiply(rows[0], rounded(values, COMPUTE), nothing(M, N, SWAPPED), SWAPPED)
             total += scaled(part, row_scale, block, SWAPPED)
         else:
             if GROUP == 32:
                 scale = _group_scales(scale_ptr, n, k, width, GROUP, K)
                 values = times_groups(values, decode_scale(scale, SCALE))
-            total = multiply(even, rounded(values, COMPUTE), total, SWAPPED)
+            total = multiply(rows[0], rounded(values, COMPUTE), total, SWAPPED)
     return total
 
 
@@ -190,33 +195,38 @@ def _tile(ptr, row, k, width, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _row_pairs(
-    ptr, row, there, row_begin, k, width,
-    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
-    ROW_MAP: tl.constexpr,
-):  # fmt: skip
-    """The even and the odd columns of a step, for weights that come in such pairs."""
-    if ROW_MAP:
-        low = ptr.load([row_begin, k // 2])
-        high = ptr.load([row_begin, width // 2 + k // 2])
-    else:
-        low, high = _row_pair_tiles(ptr, row, there, k, width, SPLIT, K, EVEN)
-    return rounded(low, COMPUTE), rounded(high, COMPUTE)
+def _mapped_planes(ptr, row_begin, k, words):
+    first = ptr.load([row_begin, k])
+    second = ptr.load([row_begin, words + k])
+    third = ptr.load([row_begin, 2 * words + k])
+    fourth = ptr.load([row_begin, 3 * words + k])
+    return first, second, third, fourth
 
 
 @triton.jit
-def _row_pair_tiles(
-    ptr, row, there, k, width, SPLIT: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr
-):  # fmt: skip
-    half = k // 2 + tl.arange(0, K // 2)
-    start = ptr + row.to(tl.int64)[:, None] * width
-    if SPLIT:
-        even = start + half[None, :]
-        odd = even + width // 2
-    else:
-        even = start + 2 * half[None, :]
-        odd = even + 1
-    mask = there[:, None]
-    if not EVEN:
-        mask = mask & (half < width // 2)[None, :]
-    return tl.load(even, mask=mask, other=0.0), tl.load(odd, mask=mask, other=0.0)
+def _planes(ptr, row, there, k, words, K: tl.constexpr, EVEN: tl.constexpr):
+    """Four pieces of rows that were split into columns of one remainder each."""
+    column = k + tl.arange(0, K)
+    place = ptr + row.to(tl.int64)[:, None] * (4 * words) + column[None, :]
+    mask = there[:, None] if EVEN else there[:, None] & (column < words)[None, :]
+    first = tl.load(place, mask=mask, other=0.0)
+    second = tl.load(place + words, mask=mask, other=0.0)
+    third = tl.load(place + 2 * words, mask=mask, other=0.0)
+    fourth = tl.load(place + 3 * words, mask=mask, other=0.0)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _interleaved(ptr, row, there, k, words, K: tl.constexpr, EVEN: tl.constexpr):
+    """The same of rows as they are, read as integers of four values."""
+    four = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
+    column = k + tl.arange(0, K)
+    place = four + row.to(tl.int64)[:, None] * words + column[None, :]
+    mask = there[:, None] if EVEN else there[:, None] & (column < words)[None, :]
+    values = tl.load(place, mask=mask, other=0)
+    KIND: tl.constexpr = ptr.dtype.element_ty
+    first = values.to(tl.int16).to(KIND, bitcast=True)
+    second = (values >> 16).to(tl.int16).to(KIND, bitcast=True)
+    third = (values >> 32).to(tl.int16).to(KIND, bitcast=True)
+    fourth = (values >> 48).to(tl.int16).to(KIND, bitcast=True)
+    return first, second, third, fourth

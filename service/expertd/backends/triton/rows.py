@@ -61,10 +61,10 @@ def _given(batch: Batch, matrix: Matrix) -> Rows:
 
 
 def _split(rows: Tensor, matrix: Matrix, buffers: Buffers, beside: bool) -> Rows:
-    """Packed weights are two matrices, of the even and of the odd columns: so are their rows."""
-    tokens, width = rows.shape
-    codes = buffers["codes"]
-    codes.view(tokens, 2, -1).copy_(rows.view(tokens, width // 2, 2).transpose(1, 2))
+    """Packed weights come four at a time: rows are split into columns of one remainder each."""
+    tokens = len(rows)
+    codes, words = buffers["codes"], matrix.format.packed
+    codes.view(tokens, words, -1).copy_(rows.view(tokens, -1, words).transpose(1, 2))
     return Rows(codes, split=True)
 
 

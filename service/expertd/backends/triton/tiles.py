@@ -39,7 +39,7 @@ class Cut:
     """The tiles of both GEMMs.
 
     sorted: pairs are sorted by expert; else each is a block of its own. in_loop: the rows of packed
-    weights are split into even and odd columns inside the first GEMM and not before it.
+    weights, which come in words of four, are split likewise inside the GEMMs and not before them.
     """
 
     sorted: bool

@@ -36,7 +36,7 @@ class Format:
     @property
     def packed(self) -> int:
         """Values in an element of the weights."""
-        return 2 if self.name in ("e2m1", "int4") else 1
+        return 4 if self.name in ("e2m1", "int4") else 1
 
 
 FORMATS = {
@@ -116,7 +116,7 @@ def _matrix(
     form = FORMATS[weights.quant]
     in_loop, at_end = (scale, global_scale) if form.group else (None, scale)
     matrix = _decodable(
-        Matrix(_bits(codes), form, kind, _padded(form, _bits(in_loop)), at_end, bias)
+        Matrix(_elements(codes, form), form, kind, _padded(form, _bits(in_loop)), at_end, bias)
     )
     if matrix.fp8:
         return replace(matrix, weight=codes, format=replace(form, name="plain"))
@@ -142,6 +142,11 @@ def _padded(form: Format, scale: Tensor | None) -> Tensor | None:
         return scale
     missing = -scale.shape[-1] % (16 // scale.element_size())
     return pad(scale, (0, missing)) if missing else scale
+
+
+def _elements(codes: Tensor, form: Format) -> Tensor:
+    """Weights as the kernels load them: packed ones as words of four."""
+    return codes.view(torch.int16) if form.packed > 1 else _bits(codes)
 
 
 def _bits(stored: Any) -> Any:
