@@ -3,9 +3,9 @@
 python -m tests.bench.fleet --devices cuda:0,cuda:1 [--out FILE]
 
 One layer of DeepSeek-V3's shape in fp8 blocks on each device, every replica with all experts, over
-gRPC on this machine. Callers are processes of their own, each with its own pool; the load of one
-replica comes from as many callers as each of N has. `--devices cpu,cpu --experts 16 --hidden 256
---width 128 --rows 64` tries it anywhere.
+gRPC on this machine; then the same replicas with a share of the experts each. Callers are processes
+of their own, each with its own pool; the load of one replica comes from as many callers as each of
+N has. `--devices cpu,cpu --experts 16 --hidden 256 --width 128 --rows 64` tries it anywhere.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +31,11 @@ from tests.bench.checkpoints import DEEPSEEK, Sizes, write_deepseek
 from tests.e2e.fleet import Replica, replicas
 
 from expertd_client import ExpertPool
+from expertd_client.fleet.placement import Shard
 
 STARTED = time.monotonic()
 LEAST_PER_REPLICA = 0.85
-SPLIT_CALLS = 7
+LONE_CALLS = 7
 MOST_SECONDS = 300.0
 """Of a load that ends when a replica is back."""
 WARM_SECONDS = 5.0
@@ -49,13 +53,22 @@ class Ended(NamedTuple):
     end: float
 
 
+class Load(NamedTuple):
+    """Rows a second, and how many cores of the machine and of its servers they kept busy."""
+
+    rows: float
+    cores: float
+    server_cores: float
+
+
 @dataclass(frozen=True)
-class Load:
+class Task:
     """What one caller does: calls of so many rows, one after the other, until its time is up."""
 
     targets: tuple[str, ...]
     rows: int
     until: float
+    shard: Shard
 
 
 def question(pool: ExpertPool, rows: int) -> tuple[Any, dict[str, Any]]:
@@ -80,10 +93,10 @@ def begin_caller(all_up: Any, over: Any) -> None:
     all_up.wait()
 
 
-def caller(load: Load) -> list[Ended]:
+def caller(load: Task) -> list[Ended]:
     """Every call's times; runs in a process of its own."""
     done = []
-    with ExpertPool(load.targets, shard="tokens") as pool:
+    with ExpertPool(load.targets, shard=load.shard) as pool:
         states, routing = question(pool, load.rows)
         while (begin := time.monotonic()) < load.until and not OVER.is_set():
             pool.forward("m", 0, states, timeout=60, **routing)
@@ -97,11 +110,23 @@ def rate(calls: Sequence[Ended], rows: int, begin: float, end: float) -> float:
     return sum(max(0.0, part) for part in parts) * rows / (end - begin)
 
 
+def busy_seconds() -> float:
+    """Processor time of everything on this machine so far."""
+    user, nice, system, *_ = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def server_seconds(fleet: Sequence[Replica]) -> float:
+    """Processor time of the replicas so far."""
+    fields = [Path(f"/proc/{r.pid}/stat").read_text().rpartition(")")[2].split() for r in fleet]
+    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
+
+
 class Callers:
     """Processes that stay, all of them up: starting them is not measured."""
 
-    def __init__(self, rows: int, count: int) -> None:
-        self._rows = rows
+    def __init__(self, rows: int, count: int, shard: Shard) -> None:
+        self._rows, self._shard = rows, shard
         spawned = multiprocessing.get_context("spawn")
         self.over = spawned.Event()
         all_up = spawned.Barrier(count + 1)
@@ -113,30 +138,35 @@ class Callers:
     def begin(self, targets: Sequence[str], callers: int, seconds: float) -> Any:
         """Callers at work; wait() on it gives their calls."""
         until = time.monotonic() + seconds
-        load = Load(tuple(targets), self._rows, until)
+        load = Task(tuple(targets), self._rows, until, self._shard)
         futures = [self._processes.submit(caller, load) for _ in range(callers)]
         return lambda: [call for future in futures for call in future.result()]
 
-    def rate(self, targets: Sequence[str], callers: int, seconds: float) -> float:
-        """Rows a second once all callers are at work."""
+    def rate(self, fleet: Sequence[Replica], callers: int, seconds: float) -> Load:
+        """What so many callers get out of some replicas, once all of them are at work."""
         begin = time.monotonic() + WARM_SECONDS
-        calls = self.begin(targets, callers, WARM_SECONDS + seconds)()
-        return rate(calls, self._rows, begin, begin + seconds)
+        wait = self.begin([r.grpc for r in fleet], callers, WARM_SECONDS + seconds)
+        time.sleep(WARM_SECONDS)
+        before = busy_seconds(), server_seconds(fleet)
+        time.sleep(seconds)
+        after = busy_seconds(), server_seconds(fleet)
+        done = rate(wait(), self._rows, begin, begin + seconds)
+        return Load(done, *((a - b) / seconds for a, b in zip(after, before, strict=True)))
 
     def close(self) -> None:
         self._processes.shutdown()
 
 
-def split_seconds(targets: Sequence[str], rows: int) -> float:
-    """The median time of one call at a time."""
-    with ExpertPool(tuple(targets), shard="tokens") as pool:
+def lone_call(fleet: Sequence[Replica], rows: int, shard: Shard) -> tuple[float, float]:
+    """The median time of one call at a time, and rows sent for each row of it."""
+    with ExpertPool([r.grpc for r in fleet], shard=shard) as pool:
         states, routing = question(pool, rows)
         times = []
-        for _ in range(SPLIT_CALLS + 3):
+        for _ in range(LONE_CALLS + 3):
             begin = time.perf_counter()
-            pool.forward("m", 0, states, timeout=60, **routing)
+            reply = pool.call("m", 0, states, timeout=60, **routing)
             times.append(time.perf_counter() - begin)
-    return float(np.median(times[3:]))
+    return float(np.median(times[3:])), reply.rows_sent / rows
 
 
 def death(
@@ -167,21 +197,44 @@ def death(
 
 def measure(fleet: Sequence[Replica], args: argparse.Namespace, found: dict[str, Any]) -> None:
     """Adds every figure to found as soon as it is known."""
-    targets, many = [replica.grpc for replica in fleet], len(fleet)
-    callers = Callers(args.rows, many * args.callers)
-    tell(found, "one", callers.rate(targets[:1], args.callers, args.seconds))
-    tell(found, "all", callers.rate(targets, many * args.callers, args.seconds))
-    tell(found, f"all / one / N (goal {LEAST_PER_REPLICA})", found["all"] / found["one"] / many)
-    tell(found, "one call, 1 replica, s", split_seconds(targets[:1], args.rows))
-    tell(found, "one call, all, s", split_seconds(targets, args.rows))
-    split = found["one call, 1 replica, s"] / found["one call, all, s"]
-    tell(found, "split gains (limit 1.6 at 4: all read all weights)", split)
-    survivors = callers.rate(targets[:-1], many * args.callers, args.seconds)
-    tell(found, "all but one", survivors)
-    for name, value in death(fleet, callers, many * args.callers, args).items():
-        tell(found, f"death: {name}", value)
-    tell(found, "death: without it / all but one", found["death: without it"] / survivors)
-    callers.close()
+    many = len(fleet)
+    counts = [count for count in (1, 2, 4) if count < many] + [many]
+    with closing(Callers(args.rows, many * args.callers, "tokens")) as callers:
+        for count in counts:
+            load = callers.rate(fleet[:count], count * args.callers, args.seconds)
+            tell_load(found, f"{count} replicas", load)
+            share = load.rows / found["1 replicas, rows/s"] / count
+            tell(found, f"{count} replicas / {count} x one (goal {LEAST_PER_REPLICA})", share)
+        for count in counts:
+            seconds, _ = lone_call(fleet[:count], args.rows, "tokens")
+            tell(found, f"one call over {count}, s", seconds)
+            tell(found, f"gained by {count}", found["one call over 1, s"] / seconds)
+        survivors = callers.rate(fleet[:-1], many * args.callers, args.seconds)
+        tell_load(found, "all but one", survivors)
+        for name, value in death(fleet, callers, many * args.callers, args).items():
+            tell(found, f"death: {name}", value)
+        tell(found, "death: without it / all but one", found["death: without it"] / survivors.rows)
+
+
+def measure_ranges(
+    fleet: Sequence[Replica], args: argparse.Namespace, found: dict[str, Any]
+) -> None:
+    """The same for replicas that hold a range each, without a death."""
+    held = [replica.weights_bytes("m") for replica in fleet]
+    for replica, bytes_held in zip(fleet, held, strict=True):
+        tell(found, f"experts {replica.experts}: share of bytes", bytes_held / sum(held))
+    seconds, sent = lone_call(fleet, args.rows, "experts")
+    tell(found, "by experts: one call, s", seconds)
+    tell(found, "by experts: rows sent / rows", sent)
+    with closing(Callers(args.rows, args.callers * len(fleet), "experts")) as callers:
+        load = callers.rate(fleet, args.callers * len(fleet), args.seconds)
+        tell_load(found, "by experts", load)
+
+
+def tell_load(found: dict[str, Any], name: str, load: Load) -> None:
+    tell(found, f"{name}, rows/s", load.rows)
+    tell(found, f"{name}, cores busy", load.cores)
+    tell(found, f"{name}, of them in servers", load.server_cores)
 
 
 def tell(found: dict[str, Any], name: str, value: float) -> None:
@@ -206,6 +259,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def ranges(experts: int, count: int) -> list[str]:
+    """As many equal ranges of experts."""
+    edges = [experts * number // count for number in range(count + 1)]
+    return [f"{begin}-{end - 1}" for begin, end in pairwise(edges)]
+
+
 def main() -> None:
     args = arguments()
     devices = args.devices.split(",")
@@ -213,16 +272,20 @@ def main() -> None:
         model = Path(home) / "model"
         write_deepseek(model, Sizes(args.experts, args.hidden, args.width))
         flags = ("--model", f"m={model}", *args.serve.split())
-        ranges = (f"0-{args.experts - 1}",) * len(devices)
+        steps = {
+            measure: ranges(args.experts, 1) * len(devices),
+            measure_ranges: ranges(args.experts, len(devices)),
+        }
         found: dict[str, Any] = {"replicas": len(devices), "rows of a call": args.rows}
         tell(found, "written after, s", time.monotonic() - STARTED)
-        with replicas(Path(home), *flags, ranges=ranges, devices=devices) as fleet:
-            tell(found, "ready after, s", time.monotonic() - STARTED)
-            try:
-                measure(fleet, args, found)
-            finally:
-                if args.out:
-                    args.out.write_text(json.dumps(found, indent=1))
+        for step, held in steps.items():
+            with replicas(Path(home), *flags, ranges=held, devices=devices) as fleet:
+                tell(found, f"{step.__name__}: ready after, s", time.monotonic() - STARTED)
+                try:
+                    step(fleet, args, found)
+                finally:
+                    if args.out:
+                        args.out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

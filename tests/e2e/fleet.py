@@ -86,6 +86,11 @@ class Replica:
         )
 
     @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    @property
     def log(self) -> Path:
         return self.home / f"replica-{self.grpc.rpartition(':')[2]}-{self.starts}.log"
 
