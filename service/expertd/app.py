@@ -80,7 +80,7 @@ class App:
             self.residents, torch_device, _options(settings), self.metrics, self._lose
         )
         self._prover = Prover(ProofStore(cache_directory(), self.device), self.device)
-        trust = Trust(_trusts_declared(settings), settings.exact_routing)
+        trust = Trust(_trusts_declared(settings), settings.exact_routing, settings.deterministic)
         tuner = Tuner(TimingStore(cache_directory(), self.device), torch_device, _tuning(settings))
         graphs = graphs_for(torch_device, tuner.buckets, settings.cuda_graphs == "auto")
         layouts = Layouts(_layout_budget(settings, torch_device, self.residents), torch_device)

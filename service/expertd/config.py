@@ -124,6 +124,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("tune", one_of("auto", "off"), "auto", "measure a layer's plans", "auto|off"),
     Setting("cuda_graphs", one_of("auto", "off"), "auto", "of small batches", "auto|off"),
     Setting("exact_routing", parse_flag, False, "never let a kernel route by itself"),
+    Setting(
+        "deterministic", parse_flag, False, "refuse kernels that may give other bits each time"
+    ),
     Setting("host", str, "127.0.0.1", "the address to listen on", "ADDRESS"),
     Setting("http_port", number(0, 65535), 8000, "HTTP port, 0 chooses one", "PORT"),
     Setting("grpc_port", number(0, 65535), 8001, "gRPC port, 0 chooses one", "PORT"),
@@ -191,6 +194,7 @@ class Settings:
     tune: str
     cuda_graphs: str
     exact_routing: bool
+    deterministic: bool
     host: str
     http_port: int
     grpc_port: int

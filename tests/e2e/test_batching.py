@@ -95,6 +95,16 @@ def test_batch_invariant_calls_run_alone_and_answer_the_same_bits() -> None:
     assert value(told, f"{sizes}_sum") == value(told, f"{sizes}_count") == 24
 
 
+def test_deterministic_calls_answer_the_same_bits_each_time() -> None:
+    with in_process(*DEMO, "--deterministic") as (app, addresses):
+        assert app.wait_ready()
+        assert {r.trust.deterministic for r in app.residents.all()} == {True}
+        with Client(addresses.grpc) as client:
+            first = demo_call(client, 33)
+            for _ in range(3):
+                np.testing.assert_array_equal(demo_call(client, 33), first)
+
+
 def test_a_delay_lets_two_calls_of_an_idle_server_meet() -> None:
     """The batch is full with the second, so neither waits for the whole second."""
     flags = ("--batch-delay-us", "1000000", "--max-batch-tokens", "4")

@@ -39,10 +39,16 @@ CHECKS: tuple[Check, ...] = (*LAYER_CHECKS, sizes.top_k, *call.CHECKS, *routing.
 
 
 def refusals(
-    row: Row, spec: LayerSpec, form: CallForm, device: DeviceInfo, *, exact_routing: bool = False
+    row: Row,
+    spec: LayerSpec,
+    form: CallForm,
+    device: DeviceInfo,
+    *,
+    exact_routing: bool = False,
+    deterministic: bool = False,
 ) -> tuple[Refusal, ...]:
     """All reasons against this row; empty if it can run such calls."""
-    ask = Ask(spec, form, device, library_of(device.flashinfer), exact_routing)
+    ask = Ask(spec, form, device, library_of(device.flashinfer), exact_routing, deterministic)
     return tuple(refusal(row, fault) for check in CHECKS for fault in check(row, ask))
 
 

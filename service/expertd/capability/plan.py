@@ -83,6 +83,7 @@ def plan(
     rows: tuple[Row, ...] = ROWS,
     trust_declared: bool = False,
     exact_routing: bool = False,
+    deterministic: bool = False,
 ) -> PlanSet:
     """Judge every row (of the pinned backend, if the form pins one) for calls of this form.
 
@@ -93,7 +94,9 @@ def plan(
     for row in _candidates(rows, form.backend):
         state = (states or {}).get(row.cell(spec.quant), state_of(row, device))
         reasons = (
-            *refusals(row, spec, form, device, exact_routing=exact_routing),
+            *refusals(
+                row, spec, form, device, exact_routing=exact_routing, deterministic=deterministic
+            ),
             *_state_refusals(row, state, trust_declared),
         )
         if reasons:

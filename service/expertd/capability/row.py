@@ -102,7 +102,8 @@ class Row:
     rows are the dtypes of plain rows, formats the pre-quantised ones. expert_range: which ranges
     of experts may be held ("equal": those that divide the layer evenly). library and call name the
     package and the function behind the entry. identity rows run layers without experts and nothing
-    else. needs_proof: whether traffic waits for a proof on the device.
+    else. needs_proof: whether traffic waits for a proof on the device. repeats_with: the argument
+    of the call without which the same call may give other bits; "" where it never does.
     """
 
     backend: str
@@ -122,7 +123,7 @@ class Row:
     expert_range: Literal["any", "equal"] = "any"
     limits: Limits = Limits()
     rounding: Rounding = Rounding()
-    deterministic: Literal["always", "on_request"] = "always"
+    repeats_with: str = ""
     library: Literal["", "flashinfer", "triton"] = ""
     call: KernelCall | None = None
     since: str | None = None

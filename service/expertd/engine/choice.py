@@ -92,6 +92,7 @@ def plans_of(resident: Resident, form: CallForm) -> PlanSet:
             states=resident.states,
             trust_declared=resident.trust.declared,
             exact_routing=resident.trust.exact_routing,
+            deterministic=resident.trust.deterministic,
         )
         if len(plans) < 1024:
             plans[form] = found

@@ -38,6 +38,7 @@ class Trust:
 
     declared: bool = False
     exact_routing: bool = False
+    deterministic: bool = False
 
 
 @dataclass(slots=True, eq=False)

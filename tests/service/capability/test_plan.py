@@ -171,6 +171,29 @@ def test_exact_routing_forces_routed_plans() -> None:
     assert found.usable and {usable.mode for usable in found.usable} == {PlanMode.ROUTED}
 
 
+@pytest.mark.parametrize(("version", "repeats"), [("0.6.13", False), ("0.7.2", True)])
+def test_who_wants_the_same_bits_gets_no_kernel_that_may_give_others(
+    version: str, repeats: bool
+) -> None:
+    """Only a fused finalize adds in no fixed order; later versions can be told to do without."""
+    device, pinned = simulated("sm90", version), replace(LOGITS, backend="flashinfer_cutlass")
+
+    def refused(**wish: bool) -> set[str]:
+        found = plan(layer(QuantScheme.BF16), pinned, device, trust_declared=True, **wish)
+        return {reason.code for reason in found.refusals if reason.code == "not_deterministic"}
+
+    assert refused(deterministic=True) == (set() if repeats else {"not_deterministic"})
+    assert not refused()
+    usable = plan(layer(QuantScheme.BF16), pinned, device, trust_declared=True, deterministic=True)
+    assert bool(usable.usable) == repeats
+
+
+def test_a_row_that_repeats_by_an_argument_prefers_it() -> None:
+    """Else it would be refused for what the backend never passes."""
+    named = [row for row in ROWS if row.repeats_with]
+    assert named and all(row.call and row.repeats_with in row.call.prefers for row in named)
+
+
 @pytest.mark.usefixtures("kernels")
 def test_a_large_epsilon_of_a_family_is_routed() -> None:
     lfm2 = layer(method=RoutingMethod.MINIMAX2, settings={"eps": 1e-6})

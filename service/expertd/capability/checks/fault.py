@@ -12,13 +12,17 @@ from expertd.core import CallForm, LayerSpec
 
 
 class Ask(NamedTuple):
-    """A layer, a call's form, a device and its FlashInfer; exact: no kernel may route by itself."""
+    """A layer, a call's form, a device and its FlashInfer, and what the operator wants of kernels.
+
+    exact: none may route by itself; repeatable: the same call gives the same bits each time.
+    """
 
     spec: LayerSpec
     form: CallForm
     device: DeviceInfo
     library: Library | None = None
     exact: bool = False
+    repeatable: bool = False
 
     @property
     def identity(self) -> bool:

@@ -68,6 +68,16 @@ def activation(row: Row, ask: Ask) -> Faults:
         yield from _missing_arguments(ask.library, signature, wanted, row.call.function)
 
 
+def repeats(row: Row, ask: Ask) -> Faults:
+    """Where the operator wants it: the argument is there that keeps sums in their order."""
+    if not (ask.repeatable and row.repeats_with and row.call and ask.library):
+        return
+    signature = ask.library.functions.get(row.call.function)
+    if signature is not None and row.repeats_with not in signature.names:
+        why = f"without {row.repeats_with} the same call may give other bits each time"
+        yield Fault("not_deterministic", "deterministic", "true", "false", why)
+
+
 def too_old(found: Library, since: str | None, why: str) -> Faults:
     if not at_least(found.version, since):
         yield Fault("version", "flashinfer", found.version, _since(since), why)
@@ -116,4 +126,4 @@ def _backend_exists(load: str) -> bool:
     return any(line.startswith((f"class {name}(", f"class {name}:")) for line in lines)
 
 
-CHECKS: tuple[Check, ...] = (backend, library, version, names)
+CHECKS: tuple[Check, ...] = (backend, library, version, names, repeats)
