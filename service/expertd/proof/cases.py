@@ -58,7 +58,10 @@ def skewed(tokens: int, experts: int, random: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One hard case: what changes in the layer, its routing and its call."""
+    """One hard case: what changes in the layer, its routing and its call.
+
+    rows_size multiplies the rows, kind keeps the case to one activation.
+    """
 
     name: str
     logits: Logits = plain
@@ -67,6 +70,7 @@ class Case:
     routing: dict[str, Any] = field(default_factory=dict)
     activation: dict[str, Any] = field(default_factory=dict)
     bias_size: float = 0.1
+    rows_size: float = 1.0
     every_activation: bool = False
     kind: ActivationKind | None = None
 
@@ -83,6 +87,8 @@ CASES: tuple[Case, ...] = (
     Case("odd counts", tokens=7, routing={"top_k": 3}),
     Case("padded sizes", layer={"intermediate": 480}, tokens=5),
     Case("padded sizes, not gated", layer={"intermediate": 1856}, kind=ActivationKind.RELU2),
+    # Rows of order one see nothing but SiTU's straight middle, whatever alpha and beta are.
+    Case("rows that bend SiTU", rows_size=16.0, kind=ActivationKind.SITU),
     Case("skewed routing, experts without rows", logits=skewed),
     Case("an expert range", layer={"expert_begin": 8, "expert_end": 16}),
 )

@@ -161,7 +161,8 @@ def _batch(
 ) -> Batch:
     """A batch with both routing forms; a row's kernel reads the one it takes."""
     assert spec.routing is not None
-    rows = torch.randn(case.tokens, spec.hidden, generator=random).bfloat16()
+    drawn = torch.randn(case.tokens, spec.hidden, generator=random)
+    rows = (drawn * case.rows_size).bfloat16()
     logits = case.logits(case.tokens, spec.num_experts, random)
     monolithic = row.mode is PlanMode.MONOLITHIC
     rounding = row.rounding if monolithic else None

@@ -37,6 +37,8 @@ def untried(row: Row) -> Iterator[str]:
         yield "clamp exceeded"
     if ActivationKind.RELU2 not in row.activations:
         yield "padded sizes, not gated"
+    if ActivationKind.SITU not in row.activations:
+        yield "rows that bend SiTU"
     if row.mode is PlanMode.MONOLITHIC and "input" not in row.weight_sites:
         yield "input-side weights"
 
@@ -53,15 +55,26 @@ def test_a_cell_equals_the_reference(row: Row, quant: QuantScheme) -> None:
     assert tried == {case.name for case in CASES} - set(untried(row))
 
 
-def test_four_bits_hide_no_wrong_alpha(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (ActivationKind.SWIGLU_OAI, (1.5 * 1.702, 1.0)),
+        (ActivationKind.SITU, (1.5 * 4.0, 25.0)),
+        (ActivationKind.SITU, (4.0, 1.5 * 25.0)),
+    ],
+)
+def test_four_bits_hide_no_wrong_constant(
+    kind: ActivationKind, wrong: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rounding of rows is larger than what a wrong unit does, unless it is taken out."""
     (row,) = [r for r in ROWS if r.activation_quant == "nvfp4" and r.mode is PlanMode.ROUTED]
     device = replace(simulated("sm100"), kind="cpu")
-    monkeypatch.setattr("expertd.proof.run.CASES", CASES[:1])
+    telling = tuple(case for case in CASES if case.every_activation or case.rows_size > 1)
+    monkeypatch.setattr("expertd.proof.run.CASES", telling)
     assert prove(row, QuantScheme.NVFP4, device).state is State.PROVEN
-    monkeypatch.setitem(DEFAULTS, ActivationKind.SWIGLU_OAI, (1.5 * 1.702, 1.0))
+    monkeypatch.setitem(DEFAULTS, kind, wrong)
     failures = prove(row, QuantScheme.NVFP4, device).failures
-    assert failures and all("swiglu_oai" in trial.layer for trial in failures)
+    assert failures and all(kind in trial.layer for trial in failures)
 
 
 @pytest.mark.parametrize(
