@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -42,8 +41,8 @@ class RowChecks(Protocol):
     def output(self, out_TH: Tensor) -> None:
         """Looks for rows of a result that are not finite."""
 
-    def codes(self) -> Sequence[int] | None:
-        """The fault code of each row that topk() or logits() saw; None if all are OK."""
+    def codes(self) -> memoryview | None:
+        """A byte a row that topk() or logits() saw: its fault code; None if all are OK."""
 
     def nonfinite(self) -> int:
         """How many rows of the result hold NaN or infinity."""

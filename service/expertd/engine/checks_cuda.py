@@ -9,6 +9,7 @@ they write into the host's own memory, so that nothing small has to be copied ou
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +38,7 @@ class CardChecks:
     """
 
     def __init__(self) -> None:
-        self._flags = _pinned(1024)
+        self._keep(_pinned(1024))
         self._coded = self._written = 0
 
     def begin(self) -> None:
@@ -81,19 +82,24 @@ class CardChecks:
         self._written = tokens
 
     def codes(self) -> memoryview | None:
-        return self._flags[0].numpy().data[: self._coded] if self._coded else None
+        return self._arrays[0].data[: self._coded] if self._coded else None
 
     def nonfinite(self) -> int:
-        return int(self._flags[1].numpy()[: self._written].sum())
+        return int(np.count_nonzero(self._arrays[1][: self._written]))
 
     def _codes_of(self, tokens: int) -> Tensor:
         self._coded = tokens
         return self._room(tokens)[0]
 
-    def _room(self, tokens: int) -> Tensor:
-        if tokens > self._flags.shape[1]:
-            self._flags = _pinned(triton.next_power_of_2(tokens))
+    def _room(self, tokens: int) -> tuple[Tensor, ...]:
+        """Flags of so many rows: their codes, and whether their results are not finite."""
+        if tokens > len(self._flags[0]):
+            self._keep(_pinned(triton.next_power_of_2(tokens)))
         return self._flags
+
+    def _keep(self, flags: Tensor) -> None:
+        self._flags = flags.unbind()
+        self._arrays = [flag.numpy() for flag in self._flags]
 
 
 def _pinned(tokens: int) -> Tensor:

@@ -83,8 +83,10 @@ class Flight:
         return answers
 
 
-def _first_fault(ticket: Ticket, codes: Sequence[int]) -> ExpertdError | None:
+def _first_fault(ticket: Ticket, codes: memoryview) -> ExpertdError | None:
     """The error of a call's first row that has one."""
-    faults = ((row, code) for row, code in enumerate(codes) if code != OK)
-    row, code = next(faults, (0, OK))
-    return None if code == OK else fault_error(code, ticket.first_row + row, ticket.resident.spec)
+    faulty = bytes(codes).lstrip(bytes([OK]))
+    if not faulty:
+        return None
+    row = ticket.first_row + len(codes) - len(faulty)
+    return fault_error(faulty[0], row, ticket.resident.spec)

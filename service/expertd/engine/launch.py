@@ -26,7 +26,6 @@ def launch(staging: Staging, backend: Backend, tickets: Sequence[Ticket]) -> Fli
     """Starts calls of one key in one launch; on a card nothing here waits for it."""
     resident, form = tickets[0].resident, tickets[0].form
     flight = Flight(staging, backend, tickets)
-    staging.mark(Mark.BEGIN)
     staged = staging.stage(_fields(tickets, ROUTED_ROWS if resident.spec.num_experts else ROWS))
     batch = _route(_batch(staging, staged, form, resident), resident, backend)
     staging.mark(Mark.ROUTED)

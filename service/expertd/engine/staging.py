@@ -128,6 +128,7 @@ class Staging:
 
     def stage(self, fields: Fields) -> dict[str, Tensor]:
         """The fields of all calls on the device, where what follows may read them."""
+        self.mark(Mark.BEGIN)
         stacked = self._buffer.stack(fields)
         self.mark(Mark.STAGED)
         self._moments[Mark.READY] = self._moments[Mark.STAGED]

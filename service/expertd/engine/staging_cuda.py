@@ -2,7 +2,8 @@
 
 The card computes on the executor's own stream. A copy in waits for nothing, computing waits for its
 copy in, a copy out for its computing; so both copies run beside the computing of other batches, and
-nothing here makes the host wait but wait_computed() and wait_out().
+nothing here makes the host wait but wait_computed() and wait_out(). A small batch would gain less by
+that than its streams and events cost: it is copied on the stream that computes it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from expertd.engine.staging import Fields, Mark, Staging, StagingBuffer
 
 BATCHES = 2
 """One computes while another is copied."""
+SMALL = 1 << 20
+"""Bytes of a small batch: some twenty microseconds each way."""
 
 
 class PinnedBuffer(StagingBuffer):
@@ -49,29 +52,37 @@ class CudaStaging(Staging):
         self._device = device
         self._inward, self._outward, self._results = inward, outward, results
         self._events = [_event() for _ in Mark]
+        self._small = False
 
     def stage(self, fields: Fields) -> dict[str, Tensor]:
-        with torch.cuda.stream(self._inward):
+        self._compute = torch.cuda.current_stream(self._device)
+        size = sum(len(tensor.data) for tensors in fields.values() for tensor in tensors)
+        self._small = size <= SMALL
+        way = self._compute if self._small else self._inward
+        self._events[Mark.BEGIN].record(way)
+        with torch.cuda.stream(None if self._small else way):
             stacked = self._buffer.stack(fields)
-        self.mark(Mark.STAGED)
-        torch.cuda.current_stream(self._device).wait_event(self._events[Mark.STAGED])
-        self.mark(Mark.READY)
+        self._events[Mark.STAGED].record(way)
+        if not self._small:
+            self._compute.wait_event(self._events[Mark.STAGED])
+            self.mark(Mark.READY)
         return stacked
 
     def mark(self, mark: Mark) -> None:
-        streams = {Mark.BEGIN: self._inward, Mark.STAGED: self._inward, Mark.OUT: self._outward}
-        self._events[mark].record(streams.get(mark))
+        self._events[mark].record(self._compute)
 
     def output(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(rows, columns, dtype=dtype, device=self._device)
 
     def bring_out(self, out_TH: Tensor) -> None:
         """The batch must be kept until wait_out()."""
-        self._outward.wait_event(self._events[Mark.COMPUTED])
+        way = self._compute if self._small else self._outward
+        if not self._small:
+            way.wait_event(self._events[Mark.COMPUTED])
         brought, self._result = self._results.take(out_TH.nbytes)
-        with torch.cuda.stream(self._outward):
+        with torch.cuda.stream(None if self._small else way):
             brought.copy_(out_TH.view(torch.uint8).view(-1), non_blocking=True)
-        self.mark(Mark.OUT)
+        self._events[Mark.OUT].record(way)
 
     def wait_computed(self) -> None:
         self._events[Mark.COMPUTED].synchronize()
@@ -84,9 +95,10 @@ class CudaStaging(Staging):
         torch.cuda.empty_cache()
 
     def times(self) -> BatchTimes:
+        ready = Mark.STAGED if self._small else Mark.READY
         return BatchTimes(
             self._between(Mark.BEGIN, Mark.STAGED),
-            self._between(Mark.READY, Mark.ROUTED),
+            self._between(ready, Mark.ROUTED),
             self._between(Mark.ROUTED, Mark.COMPUTED),
             self._between(Mark.COMPUTED, Mark.OUT),
         )
