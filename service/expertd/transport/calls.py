@@ -78,9 +78,9 @@ class Desk:
         if reason := REJECTIONS.get(error.reason, "draining" if draining else ""):
             self.metrics.rejected(reason)
 
-    def recorded(self) -> Recorded:
-        """Counts and times one call, whatever becomes of it: with desk.recorded() as record."""
-        return Recorded(self)
+    def recorded(self, record: Record | None = None) -> Recorded:
+        """Counts and times one call, new or begun, whatever becomes of it, as a context."""
+        return Recorded(self, record or self.begin())
 
     def submit(
         self, record: Record, call: ForwardCall, deadline: float | None, client: str
@@ -101,15 +101,15 @@ class Desk:
 
 
 class Recorded:
-    """One call between its arrival and its answer, as a context."""
+    """One call until its answer, as a context."""
 
     __slots__ = ("_desk", "_record")
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, record: Record) -> None:
         self._desk = desk
+        self._record = record
 
     def __enter__(self) -> Record:
-        self._record = self._desk.begin()
         return self._record
 
     def __exit__(

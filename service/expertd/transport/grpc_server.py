@@ -1,7 +1,7 @@
 """The gRPC server: services, health, reflection, limits, the door.
 
-The sync server: small calls of a lone caller cost it less than grpc's aio server (docs/benchmarks),
-and its handler threads only wait for the executor.
+The sync server: small calls of a lone caller cost it less than grpc's aio server (docs/benchmarks).
+A Forward call takes none of its threads while it waits for the executor.
 """
 
 from __future__ import annotations

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import TimeoutError
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from expertd.engine.ticket import Ticket
-from expertd.errors import DeadlineExceeded, ExpertdError, Internal, InvalidArgument
+from expertd.errors import Cancelled, DeadlineExceeded, ExpertdError, Internal, InvalidArgument
 from expertd.transport import messages
 from expertd.transport.callers import grpc_caller
 from expertd.transport.calls import Desk, Record, note_plan
+from expertd.transport.halves import Halves, Ready
 from expertd.transport.ingress import Ingress
 from expertd.transport.interceptors import INTERNAL, guarded
 from expertd.transport.streams import Entry, Stream
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 Question = Callable[[], Message]
 
+QUICK_BYTES = 1 << 18
+"""Replies up to this size are sent by the thread that computed them."""
+
 
 class ExpertsService:
     """The methods of expertd_wire.v1.Experts, all on raw bytes."""
@@ -41,11 +45,32 @@ class ExpertsService:
         self._max_stream_calls = max_stream_calls
         self._capabilities = capabilities
 
-    def forward(self, request: bytes, context: grpc.ServicerContext) -> bytes:
-        with self._desk.recorded() as record:
-            call = self._decode(record, request)
-            ticket = self._desk.submit(record, call, _deadline(context), grpc_caller(context))
-            reply = note_plan(record, self._wait(ticket, context))
+    def begin_forward(self, request: bytes, context: grpc.ServicerContext, ready: Ready) -> None:
+        """Submits a call; ready() is told when it has its answer, or its caller has left."""
+        entry = self._enter(request, 0, _deadline(context), grpc_caller(context))
+        ticket = entry.ticket
+        if ticket is None:
+            return ready(entry, True)
+
+        waiting = [entry]  # whoever takes it out is the one to say so; a future keeps its callbacks
+
+        def over(quick: bool) -> None:
+            with suppress(IndexError):
+                ready(waiting.pop(), quick)
+
+        def left() -> None:
+            if waiting:
+                self._desk.engine.cancel(ticket)
+                over(True)
+
+        ticket.future.add_done_callback(lambda future: over(_is_quick(future)))
+        if not context.add_callback(left):
+            left()  # before anybody could be told
+
+    def finish_forward(self, entry: Entry, context: grpc.ServicerContext) -> bytes:
+        """The reply to a call that begin_forward() submitted; raises what became of it."""
+        with self._desk.recorded(entry.record) as record:
+            reply = note_plan(record, _outcome(entry))
             return self._desk.timed(record, "encode", encode_forward_reply, reply)
 
     def forward_stream(
@@ -54,27 +79,30 @@ class ExpertsService:
         deadline, client = _deadline(context), grpc_caller(context)
 
         def submit(request: bytes) -> Entry:
-            return self._enter(request, deadline, client)
+            return self._enter(request, len(request), deadline, client)
 
         cancel = self._desk.engine.cancel
         stream = Stream(submit, cancel, self._render, self._max_stream_calls)
         return stream.run(requests, context)
 
-    def _enter(self, request: bytes, deadline: float | None, client: str) -> Entry:
-        """Submits one message of a stream; whatever goes wrong is that message's own error."""
-        record, nbytes = self._desk.begin(), 0
+    def _enter(self, request: bytes, held: int, deadline: float | None, client: str) -> Entry:
+        """Submits one message; whatever goes wrong is that message's own error.
+
+        held of its bytes are taken from the account of this process.
+        """
+        record, taken = self._desk.begin(), 0
         try:
-            self._ingress.take(len(request))
-            nbytes = len(request)
+            self._ingress.take(held)
+            taken = held
             ticket = self._desk.submit(record, self._decode(record, request), deadline, client)
-            return Entry(record, nbytes, ticket)
+            return Entry(record, taken, ticket)
         except ExpertdError as error:
             fault = error
         except Exception:
-            log.exception("a message of a stream failed")
+            log.exception("a message failed")
             fault = Internal(INTERNAL)
         # The traceback would keep the message's bytes for as long as the caller does not read.
-        return Entry(record, nbytes, None, fault.with_traceback(None))
+        return Entry(record, taken, None, fault.with_traceback(None))
 
     def _render(self, entry: Entry) -> bytes:
         """The reply to one message of a stream: its output, or its error as a status."""
@@ -94,17 +122,6 @@ class ExpertsService:
         self._ingress.check(len(request))
         return self._desk.timed(record, "decode", decode_forward_call, request)
 
-    def _wait(self, ticket: Ticket, context: grpc.ServicerContext) -> ForwardReply:
-        if not context.add_callback(lambda: self._desk.engine.cancel(ticket)):
-            self._desk.engine.cancel(ticket)  # the caller left before anybody could be told
-        try:
-            return ticket.future.result(_remaining(ticket.deadline))
-        except TimeoutError:
-            self._desk.engine.cancel(ticket)
-            raise DeadlineExceeded(
-                "the call's deadline passed before its answer was ready"
-            ) from None
-
     def list_layers(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         asked = parse(pb.ListLayersRequest, request)
         return _bytes(messages.list_layers(self._desk.engine.residents, asked.model))
@@ -122,7 +139,6 @@ class ExpertsService:
     def handlers(self) -> dict[str, Any]:
         """Method name → handler; None as (de)serialiser hands on the raw bytes."""
         methods = {
-            "Forward": self.forward,
             "ListLayers": self.list_layers,
             "GetLayer": self.get_layer,
             "GetCapabilities": self.get_capabilities,
@@ -131,14 +147,32 @@ class ExpertsService:
             name: grpc.unary_unary_rpc_method_handler(guarded(method))
             for name, method in methods.items()
         }
+        halves = Halves(self.begin_forward, self.finish_forward)
+        unary["Forward"] = grpc.unary_unary_rpc_method_handler(halves)
         return unary | {"ForwardStream": grpc.stream_stream_rpc_method_handler(self.forward_stream)}
 
 
 def _outcome(entry: Entry) -> ForwardReply:
+    """The reply to a message; raises its error, also when nobody waits for its answer any more."""
     if entry.error is not None:
         raise entry.error
     assert entry.ticket is not None, "an entry without an error has a ticket"
+    if entry.ticket.expired(time.monotonic()):
+        raise DeadlineExceeded("the call's deadline passed before its answer was ready")
+    if not entry.ticket.future.done():
+        raise Cancelled("the caller left")
     return entry.ticket.future.result()
+
+
+def _is_quick(future: Future[ForwardReply]) -> bool:
+    """Whether an answer may be sent by the thread that has it.
+
+    Errors may come from one that holds the queue's lock, and much is long in copying.
+    """
+    if future.exception() is not None:
+        return False
+    output = future.result().output
+    return output is not None and output.nbytes <= QUICK_BYTES
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -158,7 +192,3 @@ def _deadline(context: grpc.ServicerContext) -> float | None:
     remaining = context.time_remaining()
     # A call without a deadline reports a remaining time of some centuries.
     return None if remaining is None or remaining > 1e8 else time.monotonic() + remaining
-
-
-def _remaining(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())

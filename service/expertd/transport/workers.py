@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health
 
 from expertd.errors import ExpertdError, Overloaded
+from expertd.transport.grpc_inside import Unattended, fits, halves_of
 from expertd_wire.methods import STATUS_KEY
 from expertd_wire.status import pack_status
 
@@ -28,10 +29,10 @@ RETRY_SECONDS = 0.1
 class Work:
     """One call's work, and what follows it: as much of a Future as gRPC's server asks for."""
 
-    __slots__ = ("_after", "_lock", "_over", "_run")
+    __slots__ = ("_after", "_lock", "_over", "todo")
 
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self._run = run
+    def __init__(self, todo: Callable[[], Any]) -> None:
+        self.todo = todo
         self._after: Callable[[Work], None] | None = None
         self._over = False
         self._lock = threading.Lock()
@@ -45,8 +46,9 @@ class Work:
             after(self)
 
     def run(self) -> None:
+        todo, self.todo = self.todo, _nothing  # what it knows of the call may lead back to this
         try:
-            self._run()
+            todo()
         except Exception:
             log.exception("gRPC's own work on a call failed")
         with self._lock:
@@ -56,42 +58,73 @@ class Work:
             after(self)
 
 
-class Workers:
-    """The threads of the handlers, which know whether all of them are taken.
+def _nothing() -> None:
+    """What is left to do of work that is done."""
 
-    Threads are started as they are needed, and stay; a ThreadPoolExecutor would make a Future with
-    its condition for each call, which one of a few rows would feel.
+
+class Workers:
+    """The threads of the handlers, which know whether as many calls as may be are being answered.
+
+    A call of a method in two halves takes a thread only for what is not quick. Threads are started
+    as they are needed, and stay; a ThreadPoolExecutor would make a Future with its condition for
+    each call, which one of a few rows would feel.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._busy = 0
+        self._calls = 0
+        self._handed = 0
         self._started = 0
         self._counting = threading.Lock()
         self._waiting: SimpleQueue[Work] = SimpleQueue()
+        self._fits = fits()
+        if not self._fits:
+            log.warning("grpcio %s is unknown inside: each call takes a thread", grpc.__version__)
 
     @property
     def full(self) -> bool:
-        return self._busy >= self.most
+        return self._calls >= self.most
 
     def submit(self, work: Callable[..., Any], /, *args: Any, **named: Any) -> Work:
         made = Work(partial(work, *args, **named))
         with self._counting:
-            self._busy += 1
-            more = self._started < min(self._busy, self.most)
+            self._calls += 1
+        halves = halves_of(args) if self._fits else None
+        if halves is None:
+            self._hand_on(made)
+        else:
+            Unattended(halves, args, partial(self._attend, made)).start()
+        return made
+
+    def _attend(self, made: Work, todo: Callable[[], Any], at_once: bool) -> None:
+        made.todo = todo
+        if at_once:
+            self._do(made)
+        else:
+            self._hand_on(made)
+
+    def _hand_on(self, work: Work) -> None:
+        """Has a thread do it."""
+        with self._counting:
+            self._handed += 1
+            more = self._started < min(self._handed, self.most)
             self._started += more
-        self._waiting.put(made)
+        self._waiting.put(work)
         if more:
             threading.Thread(target=self._serve, name="grpc", daemon=True).start()
-        return made
 
     def _serve(self) -> None:
         while True:
             work = self._waiting.get()
-            work.run()
+            self._do(work)
             del work  # its call's bytes
             with self._counting:
-                self._busy -= 1
+                self._handed -= 1
+
+    def _do(self, work: Work) -> None:
+        work.run()
+        with self._counting:
+            self._calls -= 1
 
 
 class AtOnce(ThreadPoolExecutor):

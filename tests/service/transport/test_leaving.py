@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from tests.service.engine.parts import Gate, resident, running
@@ -13,7 +14,6 @@ from tests.strategies import generator, layer_spec, wire_call
 
 from expertd.engine.engine import Engine
 from expertd.engine.resident import Residents
-from expertd.errors import Cancelled
 from expertd.metrics import Metrics
 from expertd.transport.calls import Desk
 from expertd.transport.ingress import Ingress
@@ -24,8 +24,18 @@ from expertd_wire.v1 import experts_pb2 as pb
 SPEC = layer_spec()
 
 
+class Aborted(Exception):
+    """What grpc's own abort raises."""
+
+
 class Gone:
     """The context of a call that has already ended."""
+
+    def set_trailing_metadata(self, pairs: Any) -> None:
+        """Nobody reads it."""
+
+    def abort(self, code: grpc.StatusCode, details: str) -> None:
+        raise Aborted(code.name)
 
     def time_remaining(self) -> float:
         return 30.0
@@ -38,9 +48,10 @@ class Gone:
         return False
 
 
-def service(engine: Engine) -> Any:
+def forward(engine: Engine) -> Any:
     desk = Desk("grpc", engine, Metrics(Residents(), {}))
-    return ExpertsService(desk, Ingress(1 << 20, 1 << 20), 4, pb.GetCapabilitiesReply)
+    service = ExpertsService(desk, Ingress(1 << 20, 1 << 20), 4, pb.GetCapabilitiesReply)
+    return service.handlers()["Forward"].unary_unary
 
 
 def test_its_call_leaves_the_queue_without_being_run() -> None:
@@ -55,8 +66,8 @@ def test_its_call_leaves_the_queue_without_being_run() -> None:
         ended = threading.Event()
 
         def ask() -> None:
-            with pytest.raises(Cancelled):
-                service(engine).forward(encode_forward_call(call), Gone())
+            with pytest.raises(Aborted, match="CANCELLED"):
+                forward(engine)(encode_forward_call(call), Gone())
             ended.set()
 
         threading.Thread(target=ask).start()
