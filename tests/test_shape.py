@@ -105,7 +105,7 @@ def test_every_room_has_its_place() -> None:
         ("expertd.engine.engine", "expertd_client.Client", True),
         ("expertd_client.client", "expertd.errors", True),
         ("expertd_wire.codec", "expertd_client.errors", True),
-        ("expertd.transport.calls", "expertd.metrics.Metrics", False),
+        ("expertd.transport.calls", "expertd.metrics.registry.Metrics", False),
         ("expertd.app", "expertd.__version__", False),
         ("expertd.cli.call", "expertd_client.Client", False),
         ("expertd_client.client", "expertd_wire.codec", False),

@@ -29,7 +29,7 @@ from expertd.engine.resident import LayerState, Residents, Trust
 from expertd.engine.timing_store import TimingStore
 from expertd.engine.tuner import Tuner, Tuning
 from expertd.errors import InvalidArgument
-from expertd.metrics import Metrics
+from expertd.metrics.registry import Metrics
 from expertd.preflight import LOOPBACK, tls_files
 from expertd.proof.prover import Prover
 from expertd.proof.store import ProofStore

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
 from prometheus_client.exposition import generate_latest
 
-from expertd.metrics import SECONDS, Distribution
+from expertd.metrics.distribution import Distribution
+from expertd.metrics.registry import SECONDS
 
 VALUES = st.one_of(st.sampled_from(SECONDS), st.floats(0, 1e3))
 

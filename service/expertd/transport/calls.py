@@ -11,7 +11,7 @@ from typing import TypeVar
 from expertd.engine.engine import Engine
 from expertd.engine.ticket import Ticket
 from expertd.errors import ExpertdError, InvalidArgument, Unavailable
-from expertd.metrics import NO_PLAN, CallReport, Metrics
+from expertd.metrics.registry import NO_PLAN, CallReport, Metrics
 from expertd_wire.errors import REASONS
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireError

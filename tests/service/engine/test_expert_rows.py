@@ -13,7 +13,7 @@ from expertd.backends.base import Batch
 from expertd.engine import expert_rows
 from expertd.engine.expert_rows import ExpertRows, balance
 from expertd.engine.resident import Residents
-from expertd.metrics import Metrics
+from expertd.metrics.registry import Metrics
 from expertd.routing.reference import route_for
 
 SPEC = layer_spec()

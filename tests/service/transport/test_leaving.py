@@ -14,7 +14,7 @@ from tests.strategies import generator, layer_spec, wire_call
 
 from expertd.engine.engine import Engine
 from expertd.engine.resident import Residents
-from expertd.metrics import Metrics
+from expertd.metrics.registry import Metrics
 from expertd.transport.calls import Desk
 from expertd.transport.ingress import Ingress
 from expertd.transport.native import ExpertsService

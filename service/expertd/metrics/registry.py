@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 from prometheus_client import (
@@ -17,17 +15,12 @@ from prometheus_client import (
     Info,
     disable_created_metrics,
 )
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
 from prometheus_client.exposition import generate_latest
 
-from expertd.engine.expert_rows import balance
 from expertd.engine.observer import BatchReport, BatchTimes
-from expertd.engine.resident import LayerState, Resident, Residents
+from expertd.engine.resident import Residents
+from expertd.metrics.collectors import Cells, Experts, Layers
+from expertd.metrics.distribution import Distribution
 
 SECONDS = (
     *(0.00001, 0.00003, 0.00005, 0.0001, 0.0003, 0.0006, 0.001, 0.002, 0.003, 0.006, 0.01, 0.03),
@@ -102,7 +95,7 @@ class Metrics:
         )
         self._draining = gauge("expertd_draining", "1 while draining.")
         Info("expertd_build", "Versions of this process.", registry=self.registry).info(info)
-        self.registry.register(_LayerCollector(residents))
+        self.registry.register(Layers(residents))
         self._child = cache(lambda family, *labels: family.labels(*labels))
 
     def _distribution(
@@ -166,11 +159,11 @@ class Metrics:
 
     def cells(self, count: Callable[[], Iterable[tuple[str, int]]]) -> None:
         """Shows how many capability cells are in each state."""
-        self.registry.register(_CellCollector(count))
+        self.registry.register(Cells(count))
 
     def experts(self, each: bool) -> None:
         """Shows how even the load of each layer's experts is; with each, every one's rows too."""
-        self.registry.register(_ExpertCollector(self._residents, each))
+        self.registry.register(Experts(self._residents, each))
 
     def render(self) -> bytes:
         """The text exposition; not for an event loop's thread."""
@@ -181,126 +174,3 @@ class Metrics:
 def _taken(notes: deque[T]) -> Iterator[T]:
     while notes:
         yield notes.popleft()
-
-
-class Distribution:
-    """A histogram family that takes many values at once, each for one bisection, from any thread.
-
-    prometheus_client's take a lock for each of three counters, which the hot path would feel.
-    """
-
-    def __init__(
-        self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str] = ()
-    ) -> None:
-        self._name = name
-        self._text = text
-        self._bounds = tuple(bounds)
-        self._les = [*map(str, self._bounds), "+Inf"]
-        self._labels = tuple(labels)
-        self._lock = threading.Lock()
-        # For each series the count of each bucket, then the sum of all values.
-        self._counts: dict[tuple[str, ...], list[float]] = {}
-        if not labels:
-            self._begin(())
-
-    def observe(self, values: Sequence[float], *labels: str) -> None:
-        """Counts each value in the bucket of the least bound that is not below it."""
-        if not values:
-            return
-        with self._lock:
-            counts = self._counts.get(labels) or self._begin(labels)
-            for value in values:
-                counts[bisect_left(self._bounds, value)] += 1
-            counts[-1] += sum(values)
-
-    def collect(self) -> Iterator[Metric]:
-        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        with self._lock:
-            found = [(labels, [*counts]) for labels, counts in self._counts.items()]
-        for labels, (*counts, total) in found:
-            buckets = list(zip(self._les, accumulate(counts), strict=True))
-            family.add_metric(labels, buckets, total)
-        yield family
-
-    def _begin(self, labels: tuple[str, ...]) -> list[float]:
-        """A series appears with its first value; one without labels is there from the start."""
-        return self._counts.setdefault(labels, [0.0] * (len(self._les) + 1))
-
-
-class _LayerCollector:
-    """Gauges that are read off the layers at scrape time."""
-
-    def __init__(self, residents: Residents) -> None:
-        self._residents = residents
-
-    def collect(self) -> Iterator[Metric]:
-        state = GaugeMetricFamily(
-            "expertd_layer_state",
-            "1 for the state a layer is in, 0 for the others.",
-            labels=("model", "layer", "state"),
-        )
-        weights = GaugeMetricFamily(
-            "expertd_weights_bytes", "Bytes of expert weights held.", labels=("model", "device")
-        )
-        queued = GaugeMetricFamily("expertd_queued_tokens", "Rows waiting.")
-        held: dict[tuple[str, str], int] = {}
-        queued.add_metric((), sum(resident.queued_tokens for resident in self._residents.all()))
-        for resident in self._residents.all():
-            for name in LayerState:
-                is_it = float(resident.state is name)
-                state.add_metric((resident.model, str(resident.layer), name), is_it)
-            key = (resident.model, device_label(resident))
-            held[key] = held.get(key, 0) + resident.nbytes
-        for labels, nbytes in held.items():
-            weights.add_metric(labels, nbytes)
-        yield from (state, weights, queued)
-
-
-class _ExpertCollector:
-    """The load of experts, read off the layers at scrape time."""
-
-    def __init__(self, residents: Residents, each: bool) -> None:
-        self._residents = residents
-        self._each = each
-
-    def collect(self) -> Iterator[Metric]:
-        even = GaugeMetricFamily(
-            "expertd_expert_balance_ratio",
-            "Mean over most of the rows that a layer's experts were given; 1 is even.",
-            labels=("model", "layer"),
-        )
-        rows = CounterMetricFamily(
-            "expertd_expert_rows",
-            "Rows that an expert was given since its layer was loaded.",
-            labels=("model", "layer", "expert"),
-        )
-        for resident in self._residents.all():
-            spec, names = resident.spec, (resident.model, str(resident.layer))
-            if not spec.num_experts:
-                continue
-            held = range(spec.expert_begin, spec.expert_end)
-            counts = resident.expert_rows.counts(spec)[held.start : held.stop]
-            even.add_metric(names, balance(counts))
-            for expert, given in zip(held, counts, strict=True) if self._each else ():
-                rows.add_metric((*names, str(expert)), given)
-        yield even
-        if self._each:
-            yield rows
-
-
-class _CellCollector:
-    def __init__(self, count: Callable[[], Iterable[tuple[str, int]]]) -> None:
-        self._count = count
-
-    def collect(self) -> Iterator[Metric]:
-        cells = GaugeMetricFamily(
-            "expertd_capability_cells", "Capability cells by state.", labels=("state",)
-        )
-        for state, count in self._count():
-            cells.add_metric((state,), count)
-        yield cells
-
-
-def device_label(resident: Resident) -> str:
-    index = resident.device.index
-    return resident.device.kind if index is None else f"{resident.device.kind}:{index}"
