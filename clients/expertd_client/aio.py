@@ -7,9 +7,10 @@ from typing import Unpack
 import grpc
 
 from expertd_client import queries
-from expertd_client.calls import ArrayT, CallOptions, Reply, decode_reply, encode_call
+from expertd_client.calls import ArrayT, CallOptions, Reply, forward_call
 from expertd_client.closing import AsyncClosing
-from expertd_client.errors import DeadlineExceeded, Unavailable
+from expertd_client.errors import DeadlineExceeded, ExpertdError, Unavailable
+from expertd_client.messages import countdown, exchange
 from expertd_client.queries import AnswerT, Query
 from expertd_client.stream import CallStream
 from expertd_client.transport.base import AsyncTransport
@@ -67,12 +68,28 @@ class AsyncClient(AsyncClosing):
     ) -> Reply[ArrayT]:
         """Like forward, with the plan that ran and its times.
 
+        A carrier may take many rows best as several messages, sent one after the other: then the
+        plan is the first one's and the times are those of all.
+
         Routing is router_logits [T, E], or topk_ids and topk_weights [T, K]; further options are
         hidden_states_format, hidden_states_scale, partial, backend, reply_dtype, priority and
         request_id.
         """
-        request = encode_call(model, layer, hidden_states, **options)
-        return decode_reply(await self._transport.forward(request, timeout), hidden_states)
+        call = forward_call(model, layer, hidden_states, **options)
+        talk = exchange(call, hidden_states, self._transport.message_bytes)
+        left = countdown(timeout)
+        request = next(talk)
+        try:
+            while True:
+                try:
+                    reply = await self._transport.forward(request, left())
+                except ExpertdError as error:
+                    request = talk.throw(error)
+                else:
+                    request = talk.send(reply)
+        except StopIteration as end:
+            answer: Reply[ArrayT] = end.value
+            return answer
 
     def stream(self) -> CallStream:
         """Many calls on one stream: `async with client.stream() as s: await s.call(...)`."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import index
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
 from expertd_client.arrays import kind_of
 from expertd_client.errors import ExpertdError, InvalidArgument
 from expertd_wire.codec import decode_forward_reply, encode_forward_call
-from expertd_wire.messages import ForwardCall
+from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireError, WireTensor
 
 ArrayT = TypeVar("ArrayT")
@@ -29,7 +29,7 @@ class Reply(Generic[ArrayT]):
 
 
 class CallOptions(TypedDict, total=False):
-    """What forward and call take by keyword; encode_call has the defaults."""
+    """What forward and call take by keyword; forward_call has the defaults."""
 
     router_logits: Any | None
     topk_ids: Any | None
@@ -44,6 +44,13 @@ class CallOptions(TypedDict, total=False):
 
 
 def encode_call(
+    model: str, layer: int, hidden_states: Any, **options: Unpack[CallOptions]
+) -> bytes:
+    """The bytes of a ForwardRequest; raises InvalidArgument for what cannot travel."""
+    return encoded(forward_call(model, layer, hidden_states, **options))
+
+
+def forward_call(
     model: str,
     layer: int,
     hidden_states: Any,
@@ -58,43 +65,57 @@ def encode_call(
     reply_dtype: str | None = None,
     priority: int = 0,
     request_id: str | None = None,
-) -> bytes:
-    """The bytes of a ForwardRequest; raises InvalidArgument for what cannot travel.
+) -> ForwardCall:
+    """A call that views the caller's arrays; raises InvalidArgument for what cannot travel.
 
-    Whether the call makes sense is the server's to say: it knows the layer.
+    Whether it makes sense is the server's to say: it knows the layer.
     """
+    return ForwardCall(
+        model=model,
+        layer=index(layer),
+        hidden_states=_tensor("hidden_states", hidden_states),
+        router_logits=_optional("router_logits", router_logits),
+        topk_ids=_optional("topk_ids", topk_ids),
+        topk_weights=_optional("topk_weights", topk_weights),
+        hidden_states_format=hidden_states_format or "",
+        hidden_states_scale=_optional("hidden_states_scale", hidden_states_scale),
+        partial=bool(partial),
+        backend=backend or "",
+        reply_dtype=reply_dtype or "",
+        request_id=request_id or "",
+        priority=index(priority),
+    )
+
+
+def encoded(call: ForwardCall) -> bytes:
+    """The bytes of a ForwardRequest; raises InvalidArgument for what cannot travel."""
     try:
-        return encode_forward_call(
-            ForwardCall(
-                model=model,
-                layer=index(layer),
-                hidden_states=_tensor("hidden_states", hidden_states),
-                router_logits=_optional("router_logits", router_logits),
-                topk_ids=_optional("topk_ids", topk_ids),
-                topk_weights=_optional("topk_weights", topk_weights),
-                hidden_states_format=hidden_states_format or "",
-                hidden_states_scale=_optional("hidden_states_scale", hidden_states_scale),
-                partial=bool(partial),
-                backend=backend or "",
-                reply_dtype=reply_dtype or "",
-                request_id=request_id or "",
-                priority=index(priority),
-            )
-        )
+        return encode_forward_call(call)
     except WireError as problem:
         raise InvalidArgument(str(problem)) from problem
 
 
 def decode_reply(data: bytes, like: ArrayT) -> Reply[ArrayT]:
     """The reply in data, its output an array of like's kind; raises ExpertdError for bad bytes."""
+    output, reply = decoded(data)
+    return reply_of(kind_of("hidden_states", like).from_wire(output, like), reply)
+
+
+def decoded(data: bytes) -> tuple[WireTensor, ForwardReply]:
+    """A reply's output and the whole of it; raises ExpertdError for bad bytes."""
     try:
         reply = decode_forward_reply(data)
     except WireError as problem:
         raise ExpertdError(f"the server's reply cannot be read: {problem}") from problem
     if reply.output is None:
         raise ExpertdError("the server's reply has no output")
+    return reply.output, reply
+
+
+def reply_of(output: ArrayT, reply: ForwardReply) -> Reply[ArrayT]:
+    """What a caller gets: the output, and what reply says of how it was made."""
     return Reply(
-        output=kind_of("hidden_states", like).from_wire(reply.output, like),
+        output=output,
         backend=reply.backend,
         mode=reply.mode,
         entry=reply.entry,

@@ -18,7 +18,6 @@ from expertd_client.fleet.placement import Changed, Placement, Policy, agreed_ed
 from expertd_client.fleet.tasks import cancel, final, first_good, off, together
 from expertd_client.replicas import Fleet, Replica
 from expertd_client.sharding import (
-    LEAST_ROWS,
     Part,
     Piece,
     Rows,
@@ -26,6 +25,7 @@ from expertd_client.sharding import (
     Work,
     add_up,
     cut,
+    most_rows,
     put_together,
 )
 
@@ -211,8 +211,8 @@ class Delivery:
     def _messages(self, part: Part) -> list[Part]:
         """The part as the messages that its replica's carrier takes best."""
         link = self._desk.fleet.replicas[part.holder.name].link
-        row_bytes = self._call.hidden_states.nbytes // max(1, self._call.tokens)
-        return cut(part, max(LEAST_ROWS, link.message_bytes // max(1, row_bytes)))
+        call = self._call
+        return cut(part, most_rows(call.hidden_states.nbytes, call.tokens, link.message_bytes))
 
     def _lane(self, part: Part) -> asyncio.Semaphore:
         return self._lanes.setdefault(part.holder.name, asyncio.Semaphore(MOST_ON_THE_WAY))

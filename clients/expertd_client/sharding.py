@@ -191,13 +191,20 @@ def _level(count: int, holders: Sequence[Holder]) -> list[int]:
 
 def cut(part: Part, most: int) -> list[Part]:
     """The same as parts of at most so many rows each, none much smaller than another."""
-    rows = len(part.work.rows)
-    count = max(1, -(-rows // most))
-    ends = [rows * number // count for number in range(count + 1)]
     return [
-        Part(part.holder, _some(part.work, slice(begin, end)))
-        for begin, end in zip(ends, ends[1:], strict=False)
+        Part(part.holder, _some(part.work, rows)) for rows in messages(len(part.work.rows), most)
     ]
+
+
+def messages(rows: int, most: int) -> list[slice]:
+    """Rows as messages of at most so many each, none much smaller than another; at least one."""
+    count = max(1, -(-rows // most))
+    return [slice(rows * n // count, rows * (n + 1) // count) for n in range(count)]
+
+
+def most_rows(nbytes: int, rows: int, message_bytes: int) -> int:
+    """How many rows a message may have when so many take nbytes."""
+    return max(LEAST_ROWS, message_bytes * rows // max(1, nbytes))
 
 
 def _some(work: Work, chosen: slice) -> Work:

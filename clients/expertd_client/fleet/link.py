@@ -12,7 +12,8 @@ from typing import Any
 import grpc
 
 from expertd_client.errors import Unavailable
-from expertd_client.transport.grpc import GrpcSettings
+from expertd_client.transport.base import WHOLE
+from expertd_client.transport.grpc import MESSAGE_BYTES, GrpcSettings
 from expertd_wire.methods import FORWARD, HEALTH_WATCH
 
 SERVING = b"\x08\x01"
@@ -28,7 +29,7 @@ class Link(ABC):
     message_bytes: rows of more bytes than these travel faster as several messages.
     """
 
-    message_bytes = 1 << 62
+    message_bytes = WHOLE
 
     @abstractmethod
     async def forward(self, request: bytes, timeout: float | None) -> bytes:
@@ -56,7 +57,7 @@ class GrpcLink(Link):
     Not grpc.aio: of that, one process can have one loop only, and that is the caller's.
     """
 
-    message_bytes = 8 << 20
+    message_bytes = MESSAGE_BYTES
 
     def __init__(self, settings: GrpcSettings) -> None:
         self._settings = settings

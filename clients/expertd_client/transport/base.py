@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+WHOLE = 1 << 62
+"""No message is as large."""
+
 
 class Transport(ABC):
-    """A carrier for Client; every method raises ExpertdError and nothing else of its own."""
+    """A carrier for Client; every method raises ExpertdError and nothing else of its own.
+
+    message_bytes: rows of more bytes than these travel faster as several messages.
+    """
+
+    message_bytes = WHOLE
 
     @abstractmethod
     def forward(self, request: bytes, timeout: float | None) -> bytes:
@@ -39,6 +47,8 @@ class ByteStream(ABC):
 
 class AsyncTransport(ABC):
     """A carrier for AsyncClient, with the same three methods and streams."""
+
+    message_bytes = WHOLE
 
     @abstractmethod
     def stream(self) -> ByteStream:

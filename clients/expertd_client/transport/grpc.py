@@ -24,6 +24,9 @@ from expertd_wire.methods import (
 from expertd_wire.status import UnpackedStatus, unpack_status
 from expertd_wire.tensors import WireError
 
+MESSAGE_BYTES = 8 << 20
+"""Python's gRPC copies a message several times; larger ones always into memory that is new."""
+
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _OVER_LIMIT = re.compile(r"message larger than max", re.IGNORECASE)
 
@@ -85,6 +88,8 @@ class GrpcSettings:
 class GrpcTransport(Transport):
     """Client's carrier over one HTTP/2 connection; threads may share it."""
 
+    message_bytes = MESSAGE_BYTES
+
     def __init__(self, settings: GrpcSettings) -> None:
         self._settings = settings
         self._metadata = settings.metadata()
@@ -110,6 +115,8 @@ class GrpcTransport(Transport):
 
 class AsyncGrpcTransport(AsyncTransport):
     """AsyncClient's carrier; the connection belongs to the event loop of the first call."""
+
+    message_bytes = MESSAGE_BYTES
 
     def __init__(self, settings: GrpcSettings) -> None:
         self._settings = settings
