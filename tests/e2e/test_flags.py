@@ -48,6 +48,7 @@ USAGE = {
     ("verify", "--model", "MODEL", "--layers", "9", "--backend", "triton"): "layer 9 has no routed",
     ("verify", "--seed", "x"): "0 to 4294967295 is accepted",
     ("verify", "--device", "cuda:x"): "is not one of auto, cpu, cuda, cuda:N",
+    ("inspect", "MODEL", "--gpu", "1e999"): "no size like 80GiB",
     ("explain", "--model", "MODEL", "--layer", "9"): "layer 9 has no routed experts",
     ("explain", "--model", "MODEL", "--device", "sm70"): "without a card: sm80",
     ("demo-model", "--out", "/nowhere", "--seed", "-1"): "0 to 4294967295 is accepted",

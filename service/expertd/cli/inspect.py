@@ -28,6 +28,7 @@ from expertd.weights.storage import layer_bytes
 
 Answer = dict[str, Any]
 UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
+MOST_BYTES = 1e18
 RESERVE = 0.1
 """The part of a card that is left to activations, staging and graphs."""
 
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def size(text: str) -> int:
     """Bytes of "80GiB", "80G" or "80e9"; for argparse."""
     found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([KMGT]?)(?:iB|B)?", text)
-    if not found or float(found[1]) <= 0:
+    if not found or not 0 < float(found[1]) < MOST_BYTES:
         raise argparse.ArgumentTypeError(f"{text!r} is no size like 80GiB")
     unit = UNITS[found[2]]
     return int(float(found[1]) * (1 << unit if unit > 1 else 1))

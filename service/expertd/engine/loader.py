@@ -138,7 +138,7 @@ class Loader:
             resident.digest = weights_digest(resident.weights, resident.bias)
             resident.checkpoint_digest = checkpoint_digest(checkpoint, resident.layer)
             if self._device.arch == "cpu":  # all of its backends read packed weights too
-                resident.weights = packed(resident.weights)
+                resident.weights = packed(resident.weights, resident.name)
             with self._apart():
                 self._build_backends(resident)
         except ExpertdError as error:

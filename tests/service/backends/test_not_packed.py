@@ -23,8 +23,8 @@ def test_a_torch_without_onednn(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     weights = random_weights(LAYER, generator(1))
     with caplog.at_level(logging.WARNING):
-        assert packed(weights) is weights
-    assert "no oneDNN GEMM for bfloat16" in caplog.text
+        assert packed(weights, "m/0") is weights
+    assert "layer m/0 stays" in caplog.text and "no oneDNN GEMM for bfloat16" in caplog.text
 
 
 def test_a_processor_without_bfloat16() -> None:
@@ -32,7 +32,7 @@ def test_a_processor_without_bfloat16() -> None:
     program = (
         "import tests.service.backends.test_not_packed as t\n"
         "weights = t.random_weights(t.LAYER, t.generator(1))\n"
-        "assert t.packed(weights) is weights\n"
+        "assert t.packed(weights, 'm/0') is weights\n"
     )
     ran = subprocess.run(
         [sys.executable, "-c", program],
@@ -42,4 +42,4 @@ def test_a_processor_without_bfloat16() -> None:
         timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "no oneDNN GEMM for bfloat16" in ran.stderr
+    assert "layer m/0 stays" in ran.stderr and "no oneDNN GEMM for bfloat16" in ran.stderr

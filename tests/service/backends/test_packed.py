@@ -37,7 +37,7 @@ def bf16_layer(seed: int, **changes: Any) -> tuple[LayerSpec, ExpertWeights, Exp
     """A layer, its canonical weights, and the same ones packed."""
     spec = layer_spec(quant=QuantScheme.BF16, **SIZES | changes)
     weights = random_weights(spec, generator(seed))
-    made = packed(copy_of(weights))
+    made = packed(copy_of(weights), "m/0")
     assert isinstance(made.packed, Reordered)
     return spec, weights, made
 
@@ -86,7 +86,7 @@ def test_each_pattern_of_bits_comes_back() -> None:
     weights = ExpertWeights(
         QuantScheme.BF16, w13=patterns.view(torch.bfloat16), w2=patterns.view(torch.bfloat16)
     )
-    made = packed(copy_of(weights)).packed
+    made = packed(copy_of(weights), "m/0").packed
     assert made is not None
     assert torch.equal(made.first(0).view(torch.int16), patterns[0])
     assert torch.equal(made.second(0).view(torch.int16), patterns[0])
@@ -118,7 +118,7 @@ def test_a_layer_is_never_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(grouped_weights, "_reorder", watched)
     before = anonymous_bytes()
-    made = packed(weights)
+    made = packed(weights, "m/0")
     del weights
     extra = max(*seen, anonymous_bytes()) - before
     print(f"held {made.nbytes >> 20} MiB, at most {extra >> 20} more")
@@ -136,7 +136,7 @@ def test_a_shape_that_would_be_padded_stays_and_says_so(caplog: pytest.LogCaptur
     spec = layer_spec(quant=QuantScheme.BF16, hidden=40, intermediate=24)
     weights = random_weights(spec, generator(5))
     with caplog.at_level(logging.WARNING):
-        assert packed(weights) is weights
+        assert packed(weights, "m/0") is weights
     assert "w13 [48, 40] would be padded" in caplog.text
 
 
@@ -147,7 +147,7 @@ def test_a_matrix_that_does_not_come_back_stays(
     reorder = grouped_weights._reorder
     monkeypatch.setattr(grouped_weights, "_reorder", lambda matrix: reorder(matrix.flip(0)))
     with caplog.at_level(logging.WARNING):
-        assert packed(weights) is weights
+        assert packed(weights, "m/0") is weights
     assert "does not come back" in caplog.text
     assert weights.w13.any()
 
@@ -155,4 +155,4 @@ def test_a_matrix_that_does_not_come_back_stays(
 @pytest.mark.parametrize("quant", [quant for quant in QuantScheme if quant != QuantScheme.BF16])
 def test_other_formats_stay_as_they_are(quant: QuantScheme) -> None:
     weights = random_weights(layer_spec(quant=quant, hidden=256, intermediate=128), generator(7))
-    assert packed(weights) is weights
+    assert packed(weights, "m/0") is weights

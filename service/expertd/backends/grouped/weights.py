@@ -35,15 +35,15 @@ class Reordered:
         return self.w2[expert].to_dense()
 
 
-def packed(weights: ExpertWeights) -> ExpertWeights:
-    """The same weights in oneDNN's order, or as they are where the log says why.
+def packed(weights: ExpertWeights, layer: str) -> ExpertWeights:
+    """The same weights in oneDNN's order, or as they are where the log says why of this layer.
 
     Uses up the memory of w13 and w2 as it goes: nobody may read them through `weights` any more.
     """
     if weights.quant is not QuantScheme.BF16 or weights.device.type != "cpu":
         return weights
     if why := _refusal(weights):
-        log.warning("experts stay in canonical order, CPU calls are slower: %s", why)
+        log.warning("layer %s stays in canonical order, CPU calls are slower: %s", layer, why)
         return weights
     reordered = Reordered(_reordered(weights.w13), _reordered(weights.w2))
     return replace(weights, w13=weights.w13.to("meta"), w2=weights.w2.to("meta"), packed=reordered)
