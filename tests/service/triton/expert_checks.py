@@ -130,6 +130,39 @@ def test_every_measured_cut(
     assert error(row, spec, random_weights(spec, generator(seed)), batch) <= 1
 
 
+GROUPED = [
+    (QuantScheme.FP8_BLOCK128, "fp8_group128", True, Tile(128, 128, 128, 1, 8, 3)),
+    (QuantScheme.FP8_TENSOR, "fp8_tensor", False, Tile(192, 256, 128, 2, 8, 3, mapped=True)),
+    (QuantScheme.FP8_CHANNEL, "fp8_token", True, Tile(192, 64, 128, 1, 8, 2)),
+    (QuantScheme.BF16, "bf16", True, Tile(192, 64, 64, 1, 8, 3, mapped=True)),
+]
+
+
+@pytest.mark.parametrize(("quant", "activation", "gated", "tile"), GROUPED, ids=str)
+def test_groups_of_rows(
+    quant: QuantScheme,
+    activation: str,
+    gated: bool,
+    tile: Tile,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Experts of one, two and three groups, and of more than a block."""
+    first = replace(tile, short=tile.m - 64, grouped=True)
+    second = replace(first, n=128, short=64, mapped=not tile.mapped, registers=128)
+    cut = Cut(True, False, first, second)
+    monkeypatch.setattr(Triton, "_cut", lambda self, tokens, top_k: cut)
+    kind = ActivationKind.SWIGLU if gated else ActivationKind.RELU2
+    spec = layer(quant, hidden=336, activation=Activation(kind), expert_bias=gated)
+    batch = batch_of(spec, 264, 2, seed)
+    # Experts 3, 5, 0 and 6 have 264 rows, 150, 100 and 14.
+    assert batch.ids is not None
+    batch.ids[:, 0] = 3
+    for begin, expert in ((0, 0), (100, 5), (250, 6)):
+        batch.ids[begin:, 1] = expert
+    assert error(row_of(quant, activation), spec, random_weights(spec, generator(seed)), batch) <= 1
+
+
 @pytest.mark.parametrize("quant", [QuantScheme.MXFP4, QuantScheme.NVFP4, QuantScheme.MXINT4])
 def test_weights_multiplied_from_registers(
     quant: QuantScheme, seed: int, monkeypatch: pytest.MonkeyPatch

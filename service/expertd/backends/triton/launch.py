@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from expertd.backends.triton.align import Blocks
 from expertd.backends.triton.chain import chained
 from expertd.backends.triton.experts import first_gemm, second_gemm
+from expertd.backends.triton.groups import HIGH
 from expertd.backends.triton.tiles import Tile
 from expertd.backends.triton.weights import Kind, Matrix
 
@@ -125,7 +126,8 @@ def second_call(site: Site, matrix: Matrix, tile: Tile, inner: Rows, parts: Tens
     arguments["inner_ptr"] = arguments["inner_map"] = arguments.pop("rows_ptr")
     if arguments["MAPPED"] and site.sorted:
         deep = tile.k // matrix.format.packed
-        arguments["inner_map"] = _mapped(inner.values, tile.m, deep)
+        high = HIGH.value if tile.grouped else tile.m
+        arguments["inner_map"] = _mapped(inner.values, high, deep)
     arguments["inner_scale_ptr"] = arguments.pop("row_scale_ptr")
     arguments |= {"parts_ptr": parts, "hidden": hidden}
     return Call(second_gemm, (site.blocks.most * triton.cdiv(hidden, tile.n),), arguments)
@@ -141,6 +143,7 @@ def _arguments(
         "rows_ptr": rows.values,
         "MAPPED": mapped,
         "SHORT": tile.short,
+        "GROUPED": tile.grouped,
         "row_scale_ptr": _or(rows.scale, rows.values),
         "weight_ptr": _mapped(weight, tile.n, tile.k // form.packed) if mapped else weight,
         "scale_ptr": _or(matrix.scale, weight),
@@ -164,6 +167,7 @@ def _arguments(
         "SWAPPED": tile.swapped,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
+        "maxnreg": tile.registers or None,
     } | chained(weight.device)
 
 

@@ -48,6 +48,9 @@ def _smaller(tile: Tile, matrix: Matrix) -> Iterator[Tile]:
     while tile.stages > 2:
         tile = replace(tile, stages=tile.stages - 1)
         yield tile
+    if tile.grouped:
+        tile = replace(tile, m=64, short=0, grouped=False, registers=0)
+        yield tile
     while tile.m > 16:
         lower = tile.m // 2
         tile = replace(tile, m=lower, short=tile.short if tile.short < lower else 0)

@@ -20,7 +20,9 @@ class Tile:
 
     swapped: weights are the left operand. mapped: weights, and rows that are neighbours, are read
     through tensor maps, by the copy engine that cards have from SM90 on. short: blocks of at most
-    so many rows are computed as that high; 0: all are m high.
+    so many rows are computed as that high; 0: all are m high. grouped: m is two or three groups of
+    64 rows, multiplied one after the other, and short one or two. registers: the most that a thread
+    may have, so that more programs fit a multiprocessor; 0: as many as there are.
     """
 
     m: int
@@ -32,6 +34,8 @@ class Tile:
     swapped: bool = False
     mapped: bool = False
     short: int = 0
+    grouped: bool = False
+    registers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
