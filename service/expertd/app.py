@@ -17,6 +17,8 @@ import torch
 from expertd import __version__
 from expertd.capability.device import DeviceInfo, detect
 from expertd.capability.drift import drift
+from expertd.capability.match import device_refusals
+from expertd.capability.rows import ROWS
 from expertd.config import Settings, cache_directory
 from expertd.core.buckets import token_buckets
 from expertd.engine.engine import Engine, EngineOptions
@@ -193,7 +195,13 @@ def build_info(device: DeviceInfo) -> dict[str, str]:
 
 
 def _device(settings: Settings) -> DeviceInfo:
-    return simulate(settings.simulate) if settings.simulate else detect(settings.device)
+    """The device to serve on; raises InvalidArgument if the pinned backend never runs there."""
+    found = simulate(settings.simulate) if settings.simulate else detect(settings.device)
+    pinned = [row for row in ROWS if row.backend == settings.backend]
+    reasons = [device_refusals(row, found) for row in pinned]
+    if pinned and all(reasons):
+        raise InvalidArgument(f"--backend {settings.backend}: {reasons[0][0].text}")
+    return found
 
 
 def _trusts_declared(settings: Settings) -> bool:

@@ -203,6 +203,10 @@ def test_flags_that_cannot_be_exit_2_and_say_why(
 
 MODELS_AMISS: dict[str, tuple[list[str], str]] = {
     "device": (["--identity", "e=8", "--device", "cuda:99"], "cuda:99.*does not exist"),
+    "backend": (
+        ["--demo", "--backend", "triton", "--device", "cpu"],
+        "triton has no kernels for cpu",
+    ),
     "path": (["--model", "x=/no/such/checkpoint"], "/no/such/checkpoint"),
     "experts": (["--demo", "--experts", "30-40"], "experts 30-40 .*0-31"),
 }
