@@ -1,7 +1,8 @@
 """Times the kernels of this card: every usable plan of a layer, from rows and routing to output.
 
 The card's copy bandwidth and GEMM peaks are measured first; weights are made on the device, calls
-are captured in CUDA graphs and find their weights outside the L2 cache.
+are captured in CUDA graphs and find their weights outside the L2 cache. With --out, the tables are
+written anew after each shape: what ends early leaves those before.
 
 Run: python -m tests.bench.kernels [--shapes deepseek qwen] [--tokens 1 64] [--backends triton]
      [--router] [--seconds 0.2] [--out FOLDER]
@@ -12,14 +13,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from tests.bench.kernels.ahead import compile_ahead
 from tests.bench.kernels.cells import Bench, Cell
 from tests.bench.kernels.plans import named
 from tests.bench.kernels.report import as_json, as_markdown, circumstances
 from tests.bench.kernels.roof import measure_card
-from tests.bench.kernels.shapes import SHAPES, TOKENS
+from tests.bench.kernels.router import RouterCell, router_cells
+from tests.bench.kernels.shapes import SHAPES, TOKENS, Shape
 
 from expertd.capability.device import detect
 from expertd.capability.rows import BACKENDS
@@ -58,23 +64,37 @@ def main() -> None:
     card = measure_card(device, args.seconds)
     facts = circumstances(device, card)
     print(json.dumps(facts), flush=True)
-    bench = Bench(
-        device, detect("cuda:0"), card, args.tokens, args.backends, args.seconds, tell
-    )  # fmt: skip
     shapes = [] if args.no_experts else list(named(SHAPES, args.shapes))
+    begin = time.monotonic()
+    ahead = compile_ahead(shapes, args.tokens, args.backends)
+    print(f"compiled for {ahead} calls in {time.monotonic() - begin:.0f} s", flush=True)
     with torch.inference_mode():
-        cells = [cell for shape in shapes for cell in bench.shape(shape)]
-        routers = []
-        if args.router:
-            from tests.bench.kernels.router import router_cells
+        routers = list(router_cells(device, args.seconds)) if args.router else []
+        bench = Bench(
+            device, detect("cuda:0"), card, args.tokens, args.backends, args.seconds, tell
+        )  # fmt: skip
+        cells: list[Cell] = []
+        for done, shape in enumerate(shapes, 1):
+            cells += bench.shape(shape)
+            write(args.out, facts, shapes[:done], cells, routers)
+            print(f"{shape.name}: {time.monotonic() - begin:.0f} s", flush=True)
+    write(args.out, facts, shapes, cells, routers)
+    print(as_markdown(facts, shapes, cells, routers))
 
-            routers = list(router_cells(device, args.seconds))
-    text = as_markdown(facts, shapes, cells, routers)
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "kernels.md").write_text(text)
-        (args.out / "kernels.json").write_text(json.dumps(as_json(facts, cells, routers), indent=1))
+
+def write(
+    folder: Path | None,
+    facts: dict[str, Any],
+    shapes: Sequence[Shape],
+    cells: Sequence[Cell],
+    routers: Sequence[RouterCell],
+) -> None:
+    """kernels.md and kernels.json of what was measured so far."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels.md").write_text(as_markdown(facts, shapes, cells, routers))
+    (folder / "kernels.json").write_text(json.dumps(as_json(facts, cells, routers), indent=1))
 
 
 if __name__ == "__main__":

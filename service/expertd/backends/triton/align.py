@@ -53,11 +53,14 @@ def most_blocks(pairs: int, held: int, size: int) -> int:
 def scratch_ints(pairs: int, held: int, heights: Heights) -> list[int]:
     """Elements of order, ends, experts' counts, pairs' ranks, and for each GEMM expert, start.
 
-    Where many programs share the work, chunks' counts take the place of ranks.
+    Where many programs share the work, each chunk of pairs has counts, and its first places take
+    that of ranks.
     """
     experts = triton.next_power_of_2(held + 1)
-    ranks = triton.cdiv(pairs, CHUNK) * experts if pairs > ALONE else pairs
-    lengths = [pairs, held + 1, experts, ranks]
+    counts, ranks = experts, pairs
+    if pairs > ALONE:
+        counts = ranks = triton.cdiv(pairs, CHUNK) * experts
+    lengths = [pairs, held + 1, counts, ranks]
     for height in heights:
         lengths += [most_blocks(pairs, held, height)] * 2
     return [-(-length // ALIGNED) * ALIGNED for length in lengths]
@@ -80,9 +83,10 @@ def align(
     if pairs > ALONE:
         shared = {"EXPERTS": experts, "CHUNK": CHUNK} | chained(ids_TK.device)
         chunks = triton.cdiv(pairs, CHUNK)
-        _count[(chunks,)](ids_TK, ranks, *where, **shared)
-        _cut_counted[(1,)](ranks, counts, chunks, held, *blocks, num_warps=16, **shared)
-        _place[(chunks,)](ids_TK, order, counts, *where, **shared)
+        _count[(chunks,)](ids_TK, counts, *where, **shared)
+        _place_and_cut[(chunks + 1,)](
+            ids_TK, order, counts, ranks, chunks, *where, *blocks, num_warps=16, **shared
+        )
     else:
         _align[(1,)](
             ids_TK,
@@ -168,11 +172,15 @@ def _count(
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def _cut_counted(
+def _place_and_cut(
+    ids_ptr,
+    order_ptr,
     counts_ptr,
     next_ptr,
     chunks,
+    pairs,
     held,
+    first,
     ends_ptr,
     expert_ptr,
     start_ptr,
@@ -186,32 +194,34 @@ def _cut_counted(
     CHUNK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """One program: all chunks' counts → experts' pairs and blocks, and where the first pairs go."""
+    """Each program adds up all chunks' counts by itself, and sends a chunk's pairs to their places;
+    the one behind the last chunk writes the experts' blocks."""
     follow(CHAINED)
+    mine = tl.program_id(0)
     lane = tl.arange(0, EXPERTS)
     count = tl.zeros((EXPERTS,), dtype=tl.int32)
+    before = tl.zeros((EXPERTS,), dtype=tl.int32)
     for begin in range(0, chunks, TURN):
-        chunk = begin + tl.arange(0, TURN)
-        place = counts_ptr + chunk[:, None] * EXPERTS + lane[None, :]
-        count += tl.sum(tl.load(place, mask=(chunk < chunks)[:, None], other=0), 0)
+        chunk = begin + tl.arange(0, TURN)[:, None]
+        place = counts_ptr + chunk * EXPERTS + lane[None, :]
+        found = tl.load(place, mask=chunk < chunks, other=0)
+        count += tl.sum(found, 0)
+        before += tl.sum(tl.where(chunk < mine, found, 0), 0)
     count = tl.where(lane < held, count, 0)
     begin = tl.cumsum(count, 0) - count
-    tl.store(ends_ptr + lane, begin, mask=lane <= held)
-    tl.store(next_ptr + lane, begin)
-    _cut(expert_ptr, start_ptr, lane, begin, count, most, size, CHUNK)
-    _cut(second_expert_ptr, second_start_ptr, lane, begin, count, second_most, second_size, CHUNK)
-
-
-@triton.jit(do_not_specialize=NUMBERS)
-def _place(
-    ids_ptr, order_ptr, next_ptr, pairs, held, first,
-    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, CHAINED: tl.constexpr,
-):  # fmt: skip
-    """A chunk's pairs, each to the next place of its expert."""
-    follow(CHAINED)
-    pair, expert, mine = _pairs(ids_ptr, tl.program_id(0) * CHUNK, pairs, held, first, CHUNK)
-    place = tl.atomic_add(next_ptr + expert, 1, mask=mine, sem="relaxed")
-    tl.store(order_ptr + place, pair, mask=mine)
+    if mine < chunks:
+        own_ptr = next_ptr + mine * EXPERTS
+        tl.store(own_ptr + lane, begin + before)
+        tl.debug_barrier()
+        pair, expert, here = _pairs(ids_ptr, mine * CHUNK, pairs, held, first, CHUNK)
+        place = tl.atomic_add(own_ptr + expert, 1, mask=here, sem="relaxed", scope="cta")
+        tl.store(order_ptr + place, pair, mask=here)
+    else:
+        tl.store(ends_ptr + lane, begin, mask=lane <= held)
+        _cut(expert_ptr, start_ptr, lane, begin, count, most, size, CHUNK)
+        _cut(
+            second_expert_ptr, second_start_ptr, lane, begin, count, second_most, second_size, CHUNK
+        )
 
 
 @triton.jit

@@ -91,7 +91,7 @@ class Triton(Backend):
     def _cut(self, tokens: int, top_k: int) -> Cut:
         """How a batch of this size is cut."""
         pairs, first, second = tokens * top_k, self._native.first, self._native.second
-        cut = measured(self._work, pairs) or by_rule(pairs, self.spec.held, first, second, tokens)
+        cut = measured(self._work, pairs) or by_rule(pairs, self._work.held, first, second, tokens)
         return fitted(cut, first, second, self.spec.activation.gated, self._card)
 
     def _quantise_inner(self, cut: Cut, memory: Memory) -> None:

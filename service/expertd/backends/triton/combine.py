@@ -55,7 +55,11 @@ def _combine(
         pair = row * TOP_K + slot
         expert = tl.load(ids_ptr + pair) - first
         mine = there & (expert >= 0) & (expert < held)
-        total += tl.load(parts_ptr + pair * hidden + column, mask=mine, other=0.0).to(tl.float32)
+        # Read once: what the cache still has of the last experts' parts need not give way to it.
+        part = tl.load(
+            parts_ptr + pair * hidden + column, mask=mine, other=0.0, eviction_policy="evict_first"
+        )
+        total += part.to(tl.float32)
     tl.store(
         out_ptr + row * out_stride + column, rounded(total, out_ptr.dtype.element_ty), mask=there
     )
