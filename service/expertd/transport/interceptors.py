@@ -29,7 +29,7 @@ def guarded(method: Method) -> Method:
         try:
             return method(request, context)
         except ExpertdError as error:
-            fault = error
+            fault = error.with_traceback(None)  # whose frames know the call, which knows the error
         except Exception:
             log.exception("a gRPC method failed")
             fault = Internal(INTERNAL)

@@ -110,7 +110,7 @@ class ExpertsService:
         try:
             reply = note_plan(record, _outcome(entry))
         except ExpertdError as error:
-            self._desk.fail(record, error)
+            self._desk.fail(record, error.with_traceback(None))
             status = pack_status(error.reason, str(error), error.refusals, error.retry_seconds)
             reply = ForwardReply(request_id=record.request_id, status=status)
         data = self._desk.timed(record, "encode", encode_forward_reply, reply)
