@@ -153,7 +153,7 @@ def test_groups_of_rows(
     cut = Cut(True, False, first, second)
     monkeypatch.setattr(Triton, "_cut", lambda self, tokens, top_k: cut)
     kind = ActivationKind.SWIGLU if gated else ActivationKind.RELU2
-    spec = layer(quant, hidden=336, activation=Activation(kind), expert_bias=gated)
+    spec = layer(quant, hidden=144, activation=Activation(kind), expert_bias=gated)
     batch = batch_of(spec, 264, 2, seed)
     # Experts 3, 5, 0 and 6 have 264 rows, 150, 100 and 14.
     assert batch.ids is not None
