@@ -2,9 +2,9 @@
 
 python -m tests.bench.engine [--device cuda:0] [--tokens 1 16 64] [--rounds 400]
 
-The layer is of DeepSeek-V3's shape. On a processor a copy of the rows stands for its experts, so that
-what is left is the engine's own; on a card they run, replayed, on random weights in fp8 blocks, and
-their times without the engine are in the same line.
+The layer is of DeepSeek-V3's shape. On a processor a copy of the rows stands for its experts, so
+that what is left is the engine's own; on a card they run, replayed, on random weights in fp8
+blocks, and their times without the engine are in the same line.
 """
 
 from __future__ import annotations

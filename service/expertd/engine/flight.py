@@ -45,7 +45,7 @@ class Flight:
             resident.layer,
             len(tickets),
             len(self._batch.out),
-            staging.checks.nonfinite(),
+            staging.nonfinite(),
             waited,
             times,
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from expertd.backends.base import Backend, Batch
 from expertd.core import CallForm, PlanMode
 from expertd.engine.flight import Flight
+from expertd.engine.plain_checks import plainly_good
 from expertd.engine.resident import Resident
 from expertd.engine.routers import router_on
 from expertd.engine.staging import TORCH_DTYPES, Mark, Staging
@@ -26,11 +27,11 @@ def launch(staging: Staging, backend: Backend, tickets: Sequence[Ticket]) -> Fli
     """Starts calls of one key in one launch; on a card nothing here waits for it."""
     resident, form = tickets[0].resident, tickets[0].form
     flight = Flight(staging, backend, tickets)
-    staged = staging.stage(_fields(tickets, ROUTED_ROWS if resident.spec.num_experts else ROWS))
-    batch = _route(_batch(staging, staged, form, resident), resident, backend)
+    fields = _fields(tickets, ROUTED_ROWS if resident.spec.num_experts else ROWS)
+    batch = _route(_batch(staging, fields, form, resident), resident, backend)
     staging.mark(Mark.ROUTED)
     backend.forward(batch)
-    staging.checks.output(batch.out)
+    staging.check(batch.out)
     staging.mark(Mark.COMPUTED)
     resident.expert_rows.note(resident.spec, batch, resident.bias)
     flight.leave(batch)
@@ -45,11 +46,11 @@ def _fields(tickets: Sequence[Ticket], names: Sequence[str]) -> dict[str, list[W
 
 
 def _batch(
-    staging: Staging, staged: dict[str, Tensor], form: CallForm, resident: Resident
+    staging: Staging, fields: dict[str, list[WireTensor]], form: CallForm, resident: Resident
 ) -> Batch:
     """The batch, checked if it routes; calls of rows that are faulty are refused when it is out."""
+    staged, spec, checks = staging.stage(fields), resident.spec, staging.checks
     rows, scales = staged["hidden_states"], staged.get("hidden_states_scale")
-    checks, spec = staging.checks, resident.spec
     tokens, hidden = rows.shape
     out = staging.output(tokens, hidden, TORCH_DTYPES[form.reply_dtype])
     if form.rows_format:
@@ -63,7 +64,12 @@ def _batch(
     weights = staged["topk_weights"]
     if weights.dtype is not torch.float32:
         weights = weights.to(torch.float32)
-    return Batch(rows, out, scales, checks.topk(ids, weights, spec, form.partial), weights)
+    if plainly_good(fields["topk_ids"], fields["topk_weights"], spec, form.partial):
+        # The next batch is staged in the same memory, and these are counted some time later.
+        ids = ids.clone() if ids.dtype is torch.int32 else ids.to(torch.int32)
+    else:
+        ids = checks.topk(ids, weights, spec, form.partial)
+    return Batch(rows, out, scales, ids, weights)
 
 
 def _fp8_rows(rows: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -144,6 +144,14 @@ class Staging:
         self._result = memory.data
         return torch.frombuffer(memory, dtype=dtype).view(rows, columns)
 
+    def check(self, out_TH: Tensor) -> None:
+        """Looks for rows of the result that are not finite, or leaves that to nonfinite()."""
+        self.checks.output(out_TH)
+
+    def nonfinite(self) -> int:
+        """How many rows of the result are not finite, after wait_out() and before result()."""
+        return self.checks.nonfinite()
+
     def bring_out(self, out_TH: Tensor) -> None:
         """Begins to bring out what output() gave, and ends the batch's work."""
         self.mark(Mark.OUT)

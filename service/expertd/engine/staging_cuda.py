@@ -2,8 +2,8 @@
 
 The card computes on the executor's own stream. A copy in waits for nothing, computing waits for its
 copy in, a copy out for its computing; so both copies run beside the computing of other batches, and
-nothing here makes the host wait but wait_computed() and wait_out(). A small batch would gain less by
-that than its streams and events cost: it is copied on the stream that computes it.
+nothing here makes the host wait but wait_computed() and wait_out(). To a small batch streams of its
+own would cost more than they gain: it is copied on the one that computes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expertd.engine.checks import checks_on
+from expertd.engine.checks import checks_on, nonfinite_rows
 from expertd.engine.observer import BatchTimes
 from expertd.engine.pinned import PinnedPool
 from expertd.engine.staging import Fields, Mark, Staging, StagingBuffer
@@ -72,7 +72,19 @@ class CudaStaging(Staging):
         self._events[mark].record(self._compute)
 
     def output(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        self._columns, self._dtype = columns, dtype
         return torch.empty(rows, columns, dtype=dtype, device=self._device)
+
+    def check(self, out_TH: Tensor) -> None:
+        if not self._small:
+            super().check(out_TH)
+
+    def nonfinite(self) -> int:
+        if not self._small:
+            return super().nonfinite()
+        # The host has looked through so little before a kernel that does has been launched.
+        brought = torch.frombuffer(self._result, dtype=self._dtype)
+        return nonfinite_rows(brought.view(-1, self._columns))
 
     def bring_out(self, out_TH: Tensor) -> None:
         """The batch must be kept until wait_out()."""

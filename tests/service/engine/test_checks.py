@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.strategies import layer_spec
+from tests.strategies import layer_spec, wire
 
 from expertd.core import LayerSpec
 from expertd.engine import checks
@@ -25,7 +25,8 @@ from expertd.engine.checks import (
     fault_error,
     nonfinite_rows,
 )
-from expertd.engine.checks_cpu import FEW_IDS, HostChecks
+from expertd.engine.checks_cpu import HostChecks
+from expertd.engine.plain_checks import FEW_IDS, plainly_good
 from expertd.errors import ExpertsNotHeld, InvalidArgument
 
 SPEC = layer_spec()
@@ -76,7 +77,11 @@ def test_each_row_gets_a_fault_it_has_and_faulty_rows_become_harmless(
         assert given_ids == (own if code == OK else [-1] * 3)
     told = HostChecks()
     assert torch.equal(told.topk(ids, weights, spec, partial), harmless)
-    assert list(told.codes() or [OK] * len(rows)) == codes.tolist()
+    assert list(told.codes() or []) == codes.tolist()
+    if plainly_good([wire(ids)], [wire(weights)], spec, partial):
+        assert not codes.any()
+    else:
+        assert codes.any() or (ids == -1).any()
     assert torch.equal(ids, before[0]) and torch.equal(weights.nan_to_num(), before[1].nan_to_num())
 
 
@@ -87,15 +92,27 @@ def test_wide_ids_do_not_wrap_into_range(far: int) -> None:
     assert codes.tolist() == [OUT_OF_RANGE]
 
 
-@pytest.mark.parametrize("rows", [1, FEW_IDS // 4, FEW_IDS // 4 + 1])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_good_ids_are_handed_on_as_a_copy(rows: int, dtype: torch.dtype) -> None:
-    ids = torch.tensor([[5, 0, 3, 1]] * rows, dtype=dtype)
-    told = HostChecks()
-    harmless = told.topk(ids, torch.ones(rows, 4), SPEC, partial=False)
-    assert torch.equal(harmless, ids.int()) and not any(told.codes() or [])
-    ids.zero_()
-    assert harmless[0].tolist() == [5, 0, 3, 1], "the next batch is staged in the same memory"
+@pytest.mark.parametrize("sizes", [(1,), (FEW_IDS // 4,), (3, FEW_IDS // 4 - 3), (5, 60)])
+def test_only_few_ids_are_plain(sizes: tuple[int, ...]) -> None:
+    ids = [torch.tensor([[5, 0, 3, 1]] * rows, dtype=torch.int64) for rows in sizes]
+    weights = [torch.full((rows, 4), 3e38) for rows in sizes]
+    few = 4 * sum(sizes) <= FEW_IDS
+
+    def good() -> bool:
+        return plainly_good([*map(wire, ids)], [*map(wire, weights)], SPEC, partial=False)
+
+    assert good() == few
+    weights[-1][-1, 2] = NAN
+    assert not good(), "a fault in the last row of the last call"
+    weights[-1][-1, 2] = 1.0
+    ids[-1][-1, 1] = 2**32
+    assert not good()
+
+
+def test_weights_that_python_cannot_read_are_not_plain() -> None:
+    ids, weights = torch.tensor([[5, 0]]), torch.ones(1, 2)
+    assert plainly_good([wire(ids)], [wire(weights)], SPEC, partial=False)
+    assert not plainly_good([wire(ids)], [wire(weights.bfloat16())], SPEC, partial=False)
 
 
 def test_a_batch_that_routes_nothing_has_no_codes_of_the_one_before() -> None:
