@@ -194,6 +194,16 @@ def test_a_row_that_repeats_by_an_argument_prefers_it() -> None:
     assert named and all(row.call and row.repeats_with in row.call.prefers for row in named)
 
 
+def test_nothing_chooses_more_experts_than_there_are() -> None:
+    """As a config.json may say that disagrees with itself."""
+    greedy = replace(SPEC, routing=replace(ROUTING, top_k=33))
+    found = plan(greedy, LOGITS, CPU)
+    assert not found.usable
+    (why,) = (reason.text for reason in found.refusals if reason.backend == "grouped")
+    assert why.endswith("top_k is 33, accepted: <= 32")
+    assert plan(replace(SPEC, routing=replace(ROUTING, top_k=32)), LOGITS, CPU).usable
+
+
 @pytest.mark.usefixtures("kernels")
 def test_a_large_epsilon_of_a_family_is_routed() -> None:
     lfm2 = layer(method=RoutingMethod.MINIMAX2, settings={"eps": 1e-6})

@@ -43,6 +43,8 @@ def _experts(row: Row, ask: Ask) -> Iterator[Bound]:
 
 def _chosen(row: Row, ask: Ask) -> Iterator[Bound]:
     tier, routing, experts = tier_of(row, ask), routed_by_kernel(row, ask), ask.spec.num_experts
+    if experts:
+        yield Bound(experts, "a row cannot choose more experts than there are")
     if row.limits.max_top_k is not None:
         yield Bound(row.limits.max_top_k, "the kernel's lists of experts end there")
     if row.limits.more_experts_than_top_k and experts:
