@@ -36,7 +36,7 @@ from expertd.weights.canonical import ExpertWeights
 from expertd.weights.matrix import allocate
 
 DEVICE = torch.device("cuda:0")
-HEIGHTS = (8, 16, 32, 64, 128)
+HEIGHTS = (8, 16, 32, 64, 128, 192)
 SAME = 0.03
 """The most that two tilings of one GEMM differ: roundings to e4m3 may fall elsewhere."""
 ACTIVATION = {"fp8_block128": "fp8_group128", "fp8_tensor": "fp8_tensor"}
@@ -51,9 +51,10 @@ class Found:
 
 
 def heights(pairs: int, held: int, packed: bool) -> list[int]:
-    """Those near to what an expert gets; only decoded weights are multiplied by 8 rows."""
+    """Those near to what an expert gets; only decoded weights are multiplied by 8 rows, and only
+    others by groups of 64."""
     each = an_expert(pairs, held)
-    sizes = HEIGHTS if packed else HEIGHTS[1:]
+    sizes = HEIGHTS[:-1] if packed else HEIGHTS[1:]
     near = [m for m in sizes if 0.4 * each <= m <= 4 * each]
     return (near or [sizes[0] if each < 16 else 128])[-3:]
 
@@ -70,6 +71,10 @@ class Kind:
 
 def candidates(m: int, kind: Kind) -> Iterator[Tile]:
     """Tiles that may pay at a height."""
+    if m >= 128 and not kind.packed:
+        yield from in_groups(m, kind)
+    if m > 128:
+        return
     wide = 128 if kind.fp8 or kind.packed else 64
     depths = (wide,) if kind.blocks or m > 16 else (wide, 2 * wide)
     stages = (2, 3) if kind.packed else (2, 3, 4, 5) if m > 32 else (3, 5)
@@ -81,6 +86,20 @@ def candidates(m: int, kind: Kind) -> Iterator[Tile]:
         tile = Tile(m, n, k, 1, count, deep, swapped, mapped, short)
         if fits(tile, kind):
             yield tile
+
+
+def in_groups(m: int, kind: Kind) -> Iterator[Tile]:
+    """Rows that are multiplied 64 at a time, where it fits by two programs a multiprocessor."""
+    deep = 128 if kind.fp8 else 64
+    for n, stages, mapped, short in itertools.product(
+        widths(m, kind), (2, 3, 4), (False, True), sorted({64, m - 64})
+    ):
+        sums = m * n * kind.halves / 256
+        tile = Tile(m, n, deep, 1, 8, stages, False, mapped, short, grouped=True)
+        if sums <= (160 if kind.blocks else 192):
+            yield tile
+        if sums <= 64:
+            yield replace(tile, registers=128)
 
 
 def widths(m: int, kind: Kind) -> tuple[int, ...]:
