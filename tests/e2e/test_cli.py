@@ -17,13 +17,14 @@ from expertd.cli import main
 @pytest.mark.parametrize("routing", ["logits", "topk"])
 def test_call_prints_the_reply_as_json(home: Path, server: Server, routing: str) -> None:
     flags = ("--model", "demo", "--layer", "1", "--tokens", "5", "--routing", routing, "--json")
+    flags += ("--request-id", "mine")
     ended = expertd(home, "call", server.grpc, *flags)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
     assert told["output"] == {"dtype": "bfloat16", "shape": [5, 256]}
     assert (told["backend"], told["mode"], told["entry"]) == ("grouped", "routed", "grouped")
     assert min(told["queued_ns"], told["staged_ns"], told["computed_ns"]) > 0
-    assert told["norm"] > 0
+    assert told["norm"] > 0 and told["request_id"] == "mine"
 
 
 def test_call_prints_a_table_for_people(home: Path, server: Server) -> None:

@@ -16,6 +16,7 @@ from expertd.bench.load import find_layer, make_call
 from expertd.cli import arguments
 from expertd.cli.tables import console
 from expertd_client import Client, ExpertdError, Reply
+from expertd_client.calls import CallOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=arguments.seconds, default=30.0, help="seconds (default 30)"
     )
+    parser.add_argument("--request-id", default="", metavar="ID", help="to find it in the logs")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     except ExpertdError as error:
         print(f"expertd: {error}", file=sys.stderr)
         return 1
-    report = _report(reply)
+    report = _report(reply, args.request_id)
     print(json.dumps(report)) if args.json else _show(report)
     return 0
 
@@ -46,11 +48,12 @@ def run(args: argparse.Namespace) -> int:
 def _call(args: argparse.Namespace) -> Reply[NDArray[Any]]:
     layer = find_layer(args.target, args.model, args.layer, args.backend)
     call = make_call(layer, args.tokens, args.seed, args.routing)
+    options: CallOptions = {**call.options, "request_id": args.request_id or None}
     with Client(args.target) as client:
-        return client.call(args.model, args.layer, call.rows, timeout=args.timeout, **call.options)
+        return client.call(args.model, args.layer, call.rows, timeout=args.timeout, **options)
 
 
-def _report(reply: Reply[NDArray[Any]]) -> dict[str, Any]:
+def _report(reply: Reply[NDArray[Any]], request_id: str) -> dict[str, Any]:
     """ForwardReply's fields without the tensor's bytes, and the norm of the output."""
     fields = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply)}
     output = fields.pop("output")
@@ -58,6 +61,7 @@ def _report(reply: Reply[NDArray[Any]]) -> dict[str, Any]:
     return {
         "output": {"dtype": output.dtype.name, "shape": list(output.shape)},
         **fields,
+        "request_id": request_id,
         "norm": norm,
     }
 
