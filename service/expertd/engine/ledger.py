@@ -127,7 +127,7 @@ class Ledger:
             share = self.budget.max_queued_tokens // (others + 1)
             raise Full(
                 f"{mine.tokens} tokens would be queued for this client, whose share is {share} "
-                f"while {others} others wait (--max-queued-tokens, --max-queued-bytes)",
+                f"while {others} more wait (--max-queued-tokens, --max-queued-bytes)",
                 max(1, mine.tokens - share),
             )
 

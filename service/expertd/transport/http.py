@@ -115,15 +115,20 @@ def to_json(message: Message) -> dict[str, Any]:
 
 
 def _with_numbers(value: Any) -> Any:
-    """Numbers as numbers, in the lists that are WIDE_INTEGERS."""
+    """Numbers as numbers, in the lists that are WIDE_INTEGERS, and in order where they are keys."""
     if isinstance(value, list):
         return [_with_numbers(item) for item in value]
     if not isinstance(value, dict):
         return value
+    items = sorted(value.items(), key=_number) if all(map(str.isdecimal, value)) else value.items()
     return {
         key: [int(size) for size in item] if key in WIDE_INTEGERS else _with_numbers(item)
-        for key, item in value.items()
+        for key, item in items
     }
+
+
+def _number(item: tuple[str, Any]) -> int:
+    return int(item[0])
 
 
 async def _json_body(request: Request) -> Any:
