@@ -5,7 +5,8 @@ python -m tests.bench.fleet --devices cuda:0,cuda:1 [--out FILE]
 One layer of DeepSeek-V3's shape in fp8 blocks on each device, every replica with all experts, over
 gRPC on this machine; then the same replicas with a share of the experts each. Callers are processes
 of their own, each with its own pool; the load of one replica comes from as many callers as each of
-N has. `--devices cpu,cpu --experts 16 --hidden 256 --width 128 --rows 64` tries it anywhere.
+N has. `--devices cpu,cpu --experts 16 --hidden 256 --width 128 --rows 64` tries it anywhere;
+`--identity` leaves the experts out, so that the carrier alone is measured.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def question(pool: ExpertPool, rows: int) -> tuple[Any, dict[str, Any]]:
 def random_rows(rows: int, hidden: int, experts: int) -> tuple[Any, dict[str, Any]]:
     random = np.random.default_rng(0)
     states = random.standard_normal((rows, hidden), np.float32).astype(ml_dtypes.bfloat16)
+    if not experts:
+        return states, {}
     ids = random.random((rows, experts), np.float32).argpartition(8)[:, :8]
     weights = np.full(ids.shape, 1 / 8, np.float32)
     return states, {"topk_ids": ids.astype(np.int32), "topk_weights": weights}
@@ -248,6 +251,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=DEEPSEEK.experts)
     parser.add_argument("--hidden", type=int, default=DEEPSEEK.hidden)
     parser.add_argument("--width", type=int, default=DEEPSEEK.width)
+    parser.add_argument("--identity", action="store_true", help="layers that give rows back")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--callers", type=int, default=3, help="processes for each replica")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
@@ -265,17 +269,22 @@ def ranges(experts: int, count: int) -> list[str]:
     return [f"{begin}-{end - 1}" for begin, end in pairwise(edges)]
 
 
+def model_flags(home: Path, args: argparse.Namespace) -> tuple[str, str]:
+    """What each replica serves as layer m/0."""
+    if args.identity:
+        return "--identity", f"m={args.hidden}"
+    write_deepseek(home / "model", Sizes(args.experts, args.hidden, args.width))
+    return "--model", f"m={home / 'model'}"
+
+
 def main() -> None:
     args = arguments()
     devices = args.devices.split(",")
+    steps = {measure: ranges(args.experts, 1) * len(devices)}
+    if not args.identity:
+        steps[measure_ranges] = ranges(args.experts, len(devices))
     with tempfile.TemporaryDirectory(dir=args.dir) as home:
-        model = Path(home) / "model"
-        write_deepseek(model, Sizes(args.experts, args.hidden, args.width))
-        flags = ("--model", f"m={model}", *args.serve.split())
-        steps = {
-            measure: ranges(args.experts, 1) * len(devices),
-            measure_ranges: ranges(args.experts, len(devices)),
-        }
+        flags = (*model_flags(Path(home), args), *args.serve.split())
         found: dict[str, Any] = {"replicas": len(devices), "rows of a call": args.rows}
         tell(found, "written after, s", time.monotonic() - STARTED)
         for step, held in steps.items():
