@@ -109,6 +109,26 @@ def test_only_few_ids_are_plain(sizes: tuple[int, ...]) -> None:
     assert not good()
 
 
+@pytest.mark.parametrize(
+    ("ids", "partial", "good"),
+    [
+        ([0, 5], False, True),
+        ([0, 6], False, False),
+        ([0, -1], False, False),
+        ([2, 3], False, True),
+        ([1, 3], False, False),
+        ([2, 4], False, False),
+        ([0, 5], True, True),
+        ([2, 6], True, False),
+        ([2, 2], True, False),
+    ],
+)
+def test_who_may_be_named(ids: list[int], partial: bool, good: bool) -> None:
+    spec = PART if partial or set(ids) <= {1, 2, 3, 4} else SPEC
+    named = [wire(torch.tensor([ids]))], [wire(torch.ones(1, 2))]
+    assert plainly_good(*named, spec, partial) == good
+
+
 def test_weights_that_python_cannot_read_are_not_plain() -> None:
     ids, weights = torch.tensor([[5, 0]]), torch.ones(1, 2)
     assert plainly_good([wire(ids)], [wire(weights)], SPEC, partial=False)

@@ -87,6 +87,20 @@ def test_of_merged_calls_only_the_faulty_one_fails(fault: str) -> None:
         assert relative(torch_tensor(one.output), torch_tensor(other.output)) < 1e-6
 
 
+def test_a_faults_code_is_not_left_to_the_batches_after_it() -> None:
+    random = generator(15)
+    good, bad = topk_call(random), topk_call(random)
+    bad["topk_ids"][1, 0] = 99
+    with running(resident(SPEC, random), echo(SPEC.hidden)) as engine:
+        for _ in range(2):
+            with pytest.raises(InvalidArgument, match="row 1"):
+                send(engine, **bad)
+            assert send(engine, **good).output
+            with pytest.raises(InvalidArgument, match="row 1"):
+                send(engine, **bad)
+            assert send(engine, model="echo", hidden_states=good["hidden_states"]).output
+
+
 def test_calls_that_differ_in_form_never_share_a_batch() -> None:
     random, reports = generator(8), Reports()
     call = topk_call(random, 2)
