@@ -22,7 +22,7 @@ def test_one_buffer_stacks_fields_of_any_size_one_after_the_other(rounds: list[l
     buffer = StagingBuffer()
     for number, sizes in enumerate(rounds):
         random = torch.Generator().manual_seed(number)
-        parts = [torch.randn(size, 97, generator=random) for size in sizes]
+        parts = [torch.randn(size, 96, generator=random) for size in sizes]
         many = [(torch.arange(7 * size) + number).view(-1, 7).int() for size in sizes]
         fields = {"parts": parts, "many": many, "long": [many[0].long()]}
         stacked = buffer.stack({n: [wire(one) for one in f] for n, f in fields.items()})
