@@ -31,7 +31,7 @@ import numpy as np
 from tests.bench.checkpoints import DEEPSEEK, Sizes, write_deepseek
 from tests.e2e.fleet import Replica, replicas
 
-from expertd_client import ExpertPool
+from expertd_client import ExpertdError, ExpertPool
 from expertd_client.fleet.placement import Shard
 
 STARTED = time.monotonic()
@@ -39,6 +39,8 @@ LEAST_PER_REPLICA = 0.85
 LONE_CALLS = 7
 MOST_SECONDS = 300.0
 """Of a load that ends when a replica is back."""
+CALL_SECONDS = 30.0
+"""A call that takes longer fails, and the measurement with it."""
 WARM_SECONDS = 5.0
 """For callers to connect and to make their rows."""
 OVER: Any = None
@@ -102,7 +104,7 @@ def caller(load: Task) -> list[Ended]:
     with ExpertPool(load.targets, shard=load.shard) as pool:
         states, routing = question(pool, load.rows)
         while (begin := time.monotonic()) < load.until and not OVER.is_set():
-            pool.forward("m", 0, states, timeout=60, **routing)
+            pool.forward("m", 0, states, timeout=CALL_SECONDS, **routing)
             done.append(Ended(begin, time.monotonic()))
     return done
 
@@ -167,7 +169,7 @@ def lone_call(fleet: Sequence[Replica], rows: int, shard: Shard) -> tuple[float,
         times = []
         for _ in range(LONE_CALLS + 3):
             begin = time.perf_counter()
-            reply = pool.call("m", 0, states, timeout=60, **routing)
+            reply = pool.call("m", 0, states, timeout=CALL_SECONDS, **routing)
             times.append(time.perf_counter() - begin)
     return float(np.median(times[3:])), reply.rows_sent / rows
 
@@ -292,6 +294,10 @@ def main() -> None:
                 tell(found, f"{step.__name__}: ready after, s", time.monotonic() - STARTED)
                 try:
                     step(fleet, args, found)
+                except ExpertdError as error:
+                    told = [replica.log.read_text()[-2000:] for replica in fleet]
+                    print(f"{error}", *told, sep="\n", flush=True)
+                    raise
                 finally:
                     if args.out:
                         args.out.write_text(json.dumps(found, indent=1))
