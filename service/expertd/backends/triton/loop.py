@@ -22,6 +22,13 @@ import triton.language as tl
 from expertd.backends.triton.decode import decode, decode_scale, decode_words, times_groups
 from expertd.backends.triton.dot import multiply, nothing, rounded, scaled
 
+FEW, WIDE = tl.constexpr(16), tl.constexpr(256)
+"""Tiles of more rows and of fewer columns have so many threads that each has less than 4 bytes of a
+step's group scales, which Triton would wait for in every step: these are read a step ahead."""
+
+TALL, DEEP = tl.constexpr(32), tl.constexpr(256)
+"""The scales of so many rows, for so many columns of each, lie together."""
+
 
 @triton.jit
 def accumulate(
@@ -63,29 +70,31 @@ def accumulate(
     first = nothing(M, N, SWAPPED)
     second = nothing(M, N, SWAPPED)
     # Read a step ahead: Triton overlaps loads of 4 bytes and more, of what is multiplied, only.
-    block = _block_scale(scale_ptr, begin, 0, width, GROUP)
-    other_block = _block_scale(scale_ptr + half_scales, begin, 0, width, GROUP)
+    scale = _scale_ahead(scale_ptr, n, begin, 0, width, GROUP, M, N, K)
+    other = _scale_ahead(scale_ptr + half_scales, n, begin, 0, width, GROUP, M, N, K)
     row_scale = _row_scale(row_scale_ptr, row, 0, width, ROWS)
     for k in range(0, width, K):
         ahead = tl.where(k + K < width, k + K, 0)
-        next_block = _block_scale(scale_ptr, begin, ahead, width, GROUP)
-        next_other = _block_scale(scale_ptr + half_scales, begin, ahead, width, GROUP)
+        next_scale = _scale_ahead(scale_ptr, n, begin, ahead, width, GROUP, M, N, K)
+        next_other = _scale_ahead(
+            scale_ptr + half_scales, n, begin, ahead, width, GROUP, M, N, K
+        )  # fmt: skip
         next_row = _row_scale(row_scale_ptr, row, ahead, width, ROWS)
         rows = _step_rows(
             rows_ptr, row, there, row_begin, k, width,
             FORMAT, GROUP, SPLIT, COMPUTE, K, EVEN, ROW_MAP,
         )  # fmt: skip
         first = _add(
-            first, rows, row_scale, weight_ptr, scale_ptr, block, top, n, begin, k, width,
+            first, rows, row_scale, weight_ptr, scale_ptr, scale, top, n, begin, k, width,
             FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED,
         )  # fmt: skip
         if HALVES == 2:
             second = _add(
-                second, rows, row_scale, weight_ptr, scale_ptr + half_scales, other_block,
+                second, rows, row_scale, weight_ptr, scale_ptr + half_scales, other,
                 top + half_rows, n, begin, k, width,
                 FORMAT, GROUP, SCALE, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED,
             )  # fmt: skip
-        block, other_block, row_scale = next_block, next_other, next_row
+        scale, other, row_scale = next_scale, next_other, next_row
     return first, second
 
 
@@ -113,7 +122,7 @@ def _step_rows(
 
 @triton.jit
 def _add(
-    total, rows, row_scale, weight_ptr, scale_ptr, block, top, n, begin, k, width,
+    total, rows, row_scale, weight_ptr, scale_ptr, ahead, top, n, begin, k, width,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, SWAPPED: tl.constexpr,
     MAPPED: tl.constexpr,
@@ -122,7 +131,7 @@ def _add(
     if FORMAT == "e2m1" or FORMAT == "int4":
         words_of_row = width // GROUP * (GROUP // 4)
         words = _weights(weight_ptr, top, n, begin, k // 4, words_of_row, K // 4, EVEN, MAPPED)
-        scale = _group_scales(scale_ptr, n, k, width, GROUP, K)
+        scale = ahead if M > FEW and N < WIDE else _group_scales(scale_ptr, n, k, width, GROUP, K)
         values = decode_words(words, scale, FORMAT, SCALE, COMPUTE)
         for nibble in tl.static_range(4):
             total = multiply(rows[nibble], values[nibble], total, SWAPPED)
@@ -132,10 +141,14 @@ def _add(
         if GROUP == 128:
             tl.static_assert(K == 128 and N <= 128, "a tile is one block wide and at most one high")
             part = multiply(rows[0], rounded(values, COMPUTE), nothing(M, N, SWAPPED), SWAPPED)
-            total += scaled(part, row_scale, block, SWAPPED)
+            total += scaled(part, row_scale, ahead, SWAPPED)
         else:
             if GROUP == 32:
-                scale = _group_scales(scale_ptr, n, k, width, GROUP, K)
+                scale = (
+                    ahead
+                    if M > FEW and N < WIDE
+                    else _group_scales(scale_ptr, n, k, width, GROUP, K)
+                )
                 values = times_groups(values, decode_scale(scale, SCALE))
             total = multiply(rows[0], rounded(values, COMPUTE), total, SWAPPED)
     return total
@@ -156,6 +169,19 @@ def _weights(
 
 
 @triton.jit
+def _scale_ahead(
+    ptr, n, begin, k, width,
+    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A step's weight scales, of blocks or of groups, if they are read a step ahead; else 1."""
+    if GROUP > 0 and GROUP < 128 and M > FEW and N < WIDE:
+        scale = _group_scales(ptr, n, k, width, GROUP, K)
+    else:
+        scale = _block_scale(ptr, begin, k, width, GROUP)
+    return scale
+
+
+@triton.jit
 def _block_scale(ptr, begin, k, width, GROUP: tl.constexpr):
     """A step's weight scale, where a block of 128 x 128 shares one."""
     place = begin // 128 * ((width + 127) // 128) + k // 128
@@ -164,19 +190,22 @@ def _block_scale(ptr, begin, k, width, GROUP: tl.constexpr):
 
 @triton.jit
 def _group_scales(ptr, n, k, width, GROUP: tl.constexpr, K: tl.constexpr):
-    """A step's weight scales [N, K / GROUP] as stored; those beyond width are of no matter."""
-    PAD: tl.constexpr = 16 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    tl.static_assert(K // GROUP <= PAD, "a step may end beyond the row, but within its padding")
-    column = k // GROUP + tl.arange(0, K // GROUP)
-    start = ptr + n.to(tl.int64)[:, None] * scales_of_row(ptr, width, GROUP)
-    return tl.load(start + column[None, :])
+    """A step's weight scales [N, K / GROUP] as stored; those beyond width are of no matter.
+
+    So many of TALL rows lie together as belong to DEEP columns: a step's are read in one go.
+    """
+    tl.static_assert(K <= DEEP, "a step may end beyond the row, but within its padding")
+    EACH: tl.constexpr = DEEP // GROUP
+    tile = n.to(tl.int64) // TALL * (TALL * scales_of_row(width, GROUP)) + n % TALL * EACH
+    piece = k // DEEP * (TALL * EACH) + (k // K - k // DEEP * (DEEP // K)) * (K // GROUP)
+    column = piece + tl.arange(0, K // GROUP)
+    return tl.load(ptr + tile[:, None] + column[None, :])
 
 
 @triton.jit
-def scales_of_row(ptr, width, GROUP: tl.constexpr):
-    """How far rows of group scales are apart: 16 bytes are the unit (weights.py pads them)."""
-    PAD: tl.constexpr = 16 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    return (width // GROUP + PAD - 1) // PAD * PAD
+def scales_of_row(width, GROUP: tl.constexpr):
+    """How many group scales a row has with its padding (weights.py lays them out)."""
+    return (width + DEEP - 1) // DEEP * (DEEP // GROUP)
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def scales_of_half(ptr, rows, width, GROUP: tl.constexpr):
     if GROUP == 128:
         count = ((rows + 127) // 128) * ((width + 127) // 128)
     elif GROUP > 0:
-        count = rows * scales_of_row(ptr, width, GROUP)
+        count = rows * scales_of_row(width, GROUP)
     else:
         count = 0
     return count

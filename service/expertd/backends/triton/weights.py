@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from expertd.backends.triton.decode import E4M3_SHRUNK
+from expertd.backends.triton.loop import DEEP, TALL
 from expertd.core import QuantScheme
 from expertd.weights.canonical import ExpertWeights
 
@@ -116,7 +117,7 @@ def _matrix(
     form = FORMATS[weights.quant]
     in_loop, at_end = (scale, global_scale) if form.group else (None, scale)
     matrix = _decodable(
-        Matrix(_elements(codes, form), form, kind, _padded(form, _bits(in_loop)), at_end, bias)
+        Matrix(_elements(codes, form), form, kind, _laid_out(form, _bits(in_loop)), at_end, bias)
     )
     if matrix.fp8:
         return replace(matrix, weight=codes, format=replace(form, name="plain"))
@@ -136,12 +137,15 @@ def _decodable(matrix: Matrix) -> Matrix:
     return matrix
 
 
-def _padded(form: Format, scale: Tensor | None) -> Tensor | None:
-    """Scales of groups with rows of whole 16 bytes: asynchronous copies begin at multiples of 4."""
+def _laid_out(form: Format, scale: Tensor | None) -> Tensor | None:
+    """Scales of groups as loop.py reads them: those of a step's rows lie together."""
     if scale is None or form.group == 128:
         return scale
-    missing = -scale.shape[-1] % (16 // scale.element_size())
-    return pad(scale, (0, missing)) if missing else scale
+    each, tall = DEEP.value // form.group, TALL.value
+    padded = pad(scale, (0, -scale.shape[-1] % each)).view(
+        -1, tall, -(-scale.shape[-1] // each), each
+    )
+    return padded.transpose(1, 2).contiguous().view(*scale.shape[:-1], -1)
 
 
 def _elements(codes: Tensor, form: Format) -> Tensor:
