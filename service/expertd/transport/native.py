@@ -156,12 +156,13 @@ def _outcome(entry: Entry) -> ForwardReply:
     """The reply to a message; raises its error, also when nobody waits for its answer any more."""
     if entry.error is not None:
         raise entry.error
-    assert entry.ticket is not None, "an entry without an error has a ticket"
-    if entry.ticket.expired(time.monotonic()):
+    ticket = entry.ticket
+    assert ticket is not None, "an entry without an error has a ticket"
+    if ticket.future.done():
+        return ticket.future.result()
+    if ticket.expired(time.monotonic()):
         raise DeadlineExceeded("the call's deadline passed before its answer was ready")
-    if not entry.ticket.future.done():
-        raise Cancelled("the caller left")
-    return entry.ticket.future.result()
+    raise Cancelled("the caller left")
 
 
 def _is_quick(future: Future[ForwardReply]) -> bool:
