@@ -88,7 +88,7 @@ def as_served(layer: Resident) -> Backend:
     weights, layer.weights = layer.weights, None
     rows = {cell: backend.row for cell, backend in layer.backends.items()}
     layer.backends.clear()  # nobody may read the canonical weights while they are packed
-    layer.weights = packed(weights)
+    layer.weights = packed(weights, layer.name)
     for cell, row in rows.items():
         layer.backends[cell] = build(row, layer.spec, layer.weights, None, CPU)
     return next(found for found in layer.backends.values() if found.row.backend == "grouped")
