@@ -76,6 +76,7 @@ class Executor:
 
     def _run(self) -> None:
         try:
+            self._stagings[0].work_here()
             with torch.inference_mode():
                 while self._run_batch(self._free.get()):
                     pass
@@ -107,6 +108,7 @@ class Executor:
 
     def _land_all(self) -> None:
         try:
+            self._stagings[0].work_here()
             with torch.inference_mode():
                 while (flight := self._landing.get()) is not None:
                     self._land(flight)

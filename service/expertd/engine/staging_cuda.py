@@ -54,6 +54,9 @@ class CudaStaging(Staging):
         self._events = [_event() for _ in Mark]
         self._small = False
 
+    def work_here(self) -> None:
+        torch.cuda.set_device(self._device)
+
     def stage(self, fields: Fields) -> dict[str, Tensor]:
         self._compute = torch.cuda.current_stream(self._device)
         size = sum(len(tensor.data) for tensors in fields.values() for tensor in tensors)

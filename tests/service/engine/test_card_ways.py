@@ -56,6 +56,8 @@ class PlainBuffer(PinnedBuffer):
 
 
 COMPUTE, INWARD, OUTWARD = Stream(), Stream(), Stream()
+ON: list[Any] = []
+"""The devices that threads have made their own."""
 
 
 @pytest.fixture(params=["small", "large"])
@@ -67,6 +69,8 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(staging_cuda, "checks_on", lambda device_type: HostChecks())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: COMPUTE)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "set_device", ON.append)
+    ON.clear()
     results = PinnedPool(pin=False)
     yield [CudaStaging(CPU, INWARD, OUTWARD, results) for _ in range(2)]
 
@@ -90,6 +94,14 @@ def test_answers_are_those_of_the_processor(ways: Any) -> None:
         )
         assert mine.staged_ns == mine.computed_ns == 500_000
     assert [report.nonfinite_rows for report in reports.ran_batches] == [0, 0, 0, 1, 0, 0]
+
+
+def test_the_engines_threads_make_the_device_their_own(ways: Any) -> None:
+    """Else Triton launches on card 0 whatever card the layers are on."""
+    with running(echo(8), ways=ways) as engine:
+        call = wire_call(model="echo", hidden_states=torch.ones(2, 8))
+        assert engine.submit(call, "test", None).future.result(10)
+        assert ON == [CPU, CPU], "the executor and the lander"
 
 
 def test_faults_are_told_and_forgotten(ways: Any) -> None:
