@@ -20,7 +20,7 @@ from expertd.core.buckets import token_buckets
 CPU = torch.device("cpu")
 LARGEST = 2048
 SIZES = [*range(1, 130), *range(130, LARGEST, 37), LARGEST]
-KERNELS = ("_align", "_count", "_cut_counted", "_place")
+KERNELS = ("_align", "_count", "_place_and_cut")
 
 
 class Recorder:
