@@ -68,6 +68,7 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(staging_cuda, "_event", Event)
     monkeypatch.setattr(staging_cuda, "checks_on", lambda device_type: HostChecks())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: COMPUTE)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "set_device", ON.append)
     ON.clear()
