@@ -99,16 +99,18 @@ def random_cut(row: Row, quant: QuantScheme, arch: str, chance: random.Random) -
     """Any tile that compiles, of two stages and more, for both GEMMs."""
     blocks = "block128" in quant or "group128" in row.activation_quant
     n, k = (128, 128) if blocks else (chance.choice((64, 128)), chance.choice((64, 128, 256)))
-    m = chance.choice((16, 32, 64, 128))
-    loose = m == 16 and chance.random() < 0.3
+    packed = quant in (QuantScheme.MXFP4, QuantScheme.NVFP4, QuantScheme.MXINT4)
+    m = chance.choice((8, 16, 32, 64, 128) if packed else (16, 32, 64, 128))
+    loose = m <= 16 and chance.random() < 0.3
+    in_loop = loose or (m <= 16 and chance.random() < 0.5)
     tile = Tile(
         m,
         n,
         k,
-        warps=8 if m == 128 else 4,
+        warps=8 if m == 128 else 2 if in_loop and packed else 4,
         stages=chance.choice((2, 3, 4)),
         swapped=m < 128 and chance.random() < 0.4,
         mapped=arch not in ("sm80", "sm86", "sm89") and chance.random() < 0.5,
         short=chance.choice((0, m // 2)) if m > 16 else 0,
     )
-    return Cut(not loose, loose, tile, tile)
+    return Cut(not loose, in_loop, tile, tile)
