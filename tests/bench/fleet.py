@@ -57,11 +57,13 @@ class Ended(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Rows a second, and how many cores of the machine and of its servers they kept busy."""
+    """Rows a second, how many cores of the machine and of its servers they kept busy, and how many
+    calls the replica that answered fewest did for each of the one that answered most."""
 
     rows: float
     cores: float
     server_cores: float
+    evenness: float
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,16 @@ class Callers:
     def rate(self, fleet: Sequence[Replica], callers: int, seconds: float) -> Load:
         """What so many callers get out of some replicas, once all of them are at work."""
         begin = time.monotonic() + WARM_SECONDS
+        had = [replica.answered("m") for replica in fleet]
         wait = self.begin([r.grpc for r in fleet], callers, WARM_SECONDS + seconds)
         time.sleep(WARM_SECONDS)
         before = busy_seconds(), server_seconds(fleet)
         time.sleep(seconds)
         after = busy_seconds(), server_seconds(fleet)
         done = rate(wait(), self._rows, begin, begin + seconds)
-        return Load(done, *((a - b) / seconds for a, b in zip(after, before, strict=True)))
+        busy = [(a - b) / seconds for a, b in zip(after, before, strict=True)]
+        calls = [replica.answered("m") - old for replica, old in zip(fleet, had, strict=True)]
+        return Load(done, busy[0], busy[1], min(calls) / max(1, *calls))
 
     def close(self) -> None:
         self._processes.shutdown()
@@ -240,6 +245,7 @@ def tell_load(found: dict[str, Any], name: str, load: Load) -> None:
     tell(found, f"{name}, rows/s", load.rows)
     tell(found, f"{name}, cores busy", load.cores)
     tell(found, f"{name}, of them in servers", load.server_cores)
+    tell(found, f"{name}, fewest calls of a replica / most", load.evenness)
 
 
 def tell(found: dict[str, Any], name: str, value: float) -> None:
