@@ -1,6 +1,7 @@
 """docs/capabilities.md, made from the table, from what tests cover, and from cards' own proofs.
 
-After a change, or with a new report of `expertd verify --json` in docs/proofs/DATE-CARD-BACKEND.json:
+After a change, or with a new report of `expertd verify --json` in
+docs/proofs/DATE-CARD-BACKEND.json:
 python -m tests.capabilities_page
 """
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from expertd import __version__
+from expertd.backends.build import torch_device
 from expertd.capability.device import DeviceInfo, detect
 from expertd.capability.drift import drift
 from expertd.capability.match import device_refusals
@@ -72,22 +73,20 @@ class App:
         self.settings = settings
         self._stop = stop
         self.device = _device(settings)
-        torch_device = _torch_device(self.device)
+        home = torch_device(self.device)
         torch.set_num_threads(settings.threads or max(1, (os.cpu_count() or 2) - 1))
         self.residents = Residents()
         self.metrics = Metrics(self.residents, build_info(self.device))
         self.metrics.cells(self._count_cells)
         self.metrics.experts(each=settings.expert_rows)
-        self.engine = Engine(
-            self.residents, torch_device, _options(settings), self.metrics, self._lose
-        )
+        self.engine = Engine(self.residents, home, _options(settings), self.metrics, self._lose)
         self._prover = Prover(ProofStore(cache_directory(), self.device), self.device)
         trust = Trust(_trusts_declared(settings), settings.exact_routing, settings.deterministic)
-        tuner = Tuner(TimingStore(cache_directory(), self.device), torch_device, _tuning(settings))
-        graphs = graphs_for(torch_device, tuner.buckets, settings.cuda_graphs == "auto")
-        layouts = Layouts(_layout_budget(settings, torch_device, self.residents), torch_device)
+        tuner = Tuner(TimingStore(cache_directory(), self.device), home, _tuning(settings))
+        graphs = graphs_for(home, tuner.buckets, settings.cuda_graphs == "auto")
+        layouts = Layouts(_layout_budget(settings, home, self.residents), home)
         self.loader = Loader(
-            self.residents, self.device, torch_device, self._prover, tuner, graphs, trust, layouts
+            self.residents, self.device, home, self._prover, tuner, graphs, trust, layouts
         )
         check = partial(check_source, settings)
         self.steward = Steward(self.loader, self.residents, check, stop.set)
@@ -234,10 +233,6 @@ def _tuning(settings: Settings) -> Tuning:
     if settings.simulate:
         return Tuning(buckets=(1,), enabled=False)
     return Tuning(token_buckets(settings.max_batch_tokens), settings.tune == "auto")
-
-
-def _torch_device(device: DeviceInfo) -> torch.device:
-    return torch.device("cpu") if device.kind == "cpu" else torch.device("cuda", device.index or 0)
 
 
 def _bound(bind: Callable[[str, int], int], host: str, port: int) -> int:

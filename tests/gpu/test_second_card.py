@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.e2e.servers import serving
 
+from expertd.cli import main
 from expertd.weights.demo import write_demo
 from expertd_client import Client
 
@@ -42,3 +43,12 @@ def answers(home: Path, devices: list[str]) -> list[list[np.ndarray]]:
                 outputs.append(client.forward("m", 0, rows, router_logits=logits, timeout=60))
             found.append(outputs)
     return found
+
+
+@pytest.mark.skipif(CARDS < 2, reason="there is no second card here")
+def test_the_last_card_is_proven_as_the_first_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["verify", "--device", f"cuda:{CARDS - 1}", "--backend", "grouped_mm"]) == 0
+    assert torch.cuda.current_device() == CARDS - 1

@@ -22,6 +22,12 @@ def torch_device(device: DeviceInfo) -> torch.device:
     return torch.device("cpu") if device.kind == "cpu" else torch.device("cuda", device.index or 0)
 
 
+def work_on(device: torch.device) -> None:
+    """Makes it the calling thread's own device: Triton and FlashInfer launch on no other."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def build(
     row: Row,
     spec: LayerSpec,

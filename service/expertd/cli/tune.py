@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from expertd.backends.build import torch_device, work_on
 from expertd.capability.device import DeviceInfo, detect
 from expertd.cli import shapes
 from expertd.cli.tables import console, folded
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0 when every shape was measured; raises what keeps a layer from loading."""
     device = detect(args.device)
+    work_on(torch_device(device))
     answers = list(tuned(args, device))
     if args.json:
         print(json.dumps({"device": device.name, "shapes": answers}))

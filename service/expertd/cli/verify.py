@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from expertd.backends.build import torch_device, work_on
 from expertd.capability.device import DeviceInfo, detect
 from expertd.capability.match import device_refusals
 from expertd.capability.row import Row, State
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.backend is not None and args.backend not in BACKENDS:
         raise InvalidArgument(f"--backend {args.backend}: accepted: {', '.join(BACKENDS)}")
     device = detect(args.device)
+    work_on(torch_device(device))
     cells = list(usable_cells(device, args.backend))
     proofs = list(_proven(cells, device, args.seed))
     ProofStore(cache_directory(), device).keep(proofs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertd.backends.base import Batch
-from expertd.backends.build import build
+from expertd.backends.build import build, torch_device
 from expertd.capability.device import DeviceInfo
 from expertd.capability.match import refusals
 from expertd.capability.row import Cell, Row, State
@@ -120,7 +120,7 @@ def _trial(
     row: Row, case: Case, name: str, spec: LayerSpec, device: DeviceInfo, seed: int
 ) -> Trial:
     random = torch.Generator().manual_seed(seed + zlib.crc32(f"{case.name}/{name}".encode()))
-    target = torch.device("cpu" if device.kind == "cpu" else f"cuda:{device.index or 0}")
+    target = torch_device(device)
     weights = _weights_of(replace(spec, routing=None), seed, target)
     bias = torch.randn(spec.num_experts, generator=random) * case.bias_size
     wanted = spec.routing is not None and spec.routing.bias

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from expertd.capability.device import detect, simulated
 from expertd.capability.row import State
@@ -16,7 +17,7 @@ from expertd.cli import main
 from expertd.proof.run import Proof, Trial, prove
 from expertd.proof.store import ProofStore
 
-ROW = ROWS[0]
+ROW, CARD = ROWS[0], simulated("sm90")
 TEXT = "FlashInfer's module fused_moe_trtllm_sm100 is not built here; run: expertd prebuild"
 
 
@@ -37,6 +38,22 @@ def test_verify_says_once_what_to_do_and_keeps_nothing(
     told = "".join(capsys.readouterr().out.split())
     assert told.count("notrun:" + "".join(TEXT.split())) == 1 and "failed" not in told
     assert ProofStore(tmp_path / "expertd", detect("cpu")).states() == {}
+
+
+@pytest.mark.parametrize("command", ["verify", "tune"])
+def test_the_cards_own_thread(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton and FlashInfer launch on the calling thread's device only, which is card 0."""
+
+    class Reached(Exception):
+        pass
+
+    def reached(device: torch.device) -> None:
+        raise Reached(str(device))
+
+    monkeypatch.setattr(f"expertd.cli.{command}.detect", lambda _: replace(CARD, index=1))
+    monkeypatch.setattr(torch.cuda, "set_device", reached)
+    with pytest.raises(Reached, match="cuda:1"):
+        main([command, "--model", "/nowhere"])
 
 
 def test_its_json_is_json(
