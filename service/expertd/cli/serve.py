@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NoReturn
 
+from expertd.capability.device import detect
 from expertd.cli.settings_file import as_toml
 from expertd.config import Settings, add_flags, resolve, unknown_variables
 from expertd.logs import set_up
@@ -43,14 +45,17 @@ MALLOC = {
 }
 """What glibc's mallopt() is told, by the kind of device (docs/benchmarks, memory-of-messages)."""
 
-LIBRARIES = {
-    # Compute threads must not spin while they wait.
-    "OMP_WAIT_POLICY": "PASSIVE",
+# Compute threads must not spin while they wait.
+COMPUTING = {"OMP_WAIT_POLICY": "PASSIVE"}
+CARRYING: dict[str, dict[str, str]] = {
     # The thread that handles gRPC's events waits for the sockets itself, instead of being woken by
-    # another one that does: a seventh of a small call (docs/benchmarks, rpc-cpu).
-    "GRPC_EXPERIMENTS": "-event_engine_listener",
+    # another one that does: a quarter of a small call's CPU (docs/benchmarks, rpc-cpu).
+    "cpu": {"GRPC_EXPERIMENTS": "-event_engine_listener"},
+    # Beside a card that thread was too slow for all that comes in overload (served).
+    "cuda": {},
 }
-"""Variables that libraries read when they are imported; whoever sets them otherwise is obeyed."""
+"""Variables that libraries read when they are imported, gRPC's by the kind of device; whoever sets
+them otherwise is obeyed."""
 
 SNIPPET = """\
 from expertd_client import Client
@@ -78,8 +83,6 @@ def run(args: argparse.Namespace) -> int:
     set_up(resolved.settings.log)
     for name in unknown_variables(os.environ):
         log.warning("variable %s names no setting; --print-config lists them all", name)
-    for name, value in LIBRARIES.items():
-        os.environ.setdefault(name, value)
     return serve(resolved.settings)
 
 
@@ -89,6 +92,8 @@ def serve(settings: Settings) -> int:
     Ends the process with LOST_EXIT_CODE when the device is lost.
     """
     check_settings(settings)
+    _advise(COMPUTING)
+    _advise(CARRYING["cpu" if settings.simulate else detect(settings.device).kind])
     sys.setswitchinterval(SWITCH_SECONDS)
     _manage_memory("cpu")
     from expertd.app import App
@@ -109,6 +114,11 @@ def serve(settings: Settings) -> int:
         _abandon(app)
     drained = app.stop()
     return 0 if drained and app.engine.healthy else 1
+
+
+def _advise(variables: Mapping[str, str]) -> None:
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 def _abandon(app: App) -> NoReturn:
