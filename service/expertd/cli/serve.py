@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -105,6 +106,7 @@ def serve(settings: Settings) -> int:
     addresses = app.start()
     ready = app.wait_ready()
     _manage_memory(app.device.kind)
+    _settle()
     if ready:
         _announce(settings, addresses)
     elif not stop.is_set():
@@ -138,6 +140,13 @@ def _announce(settings: Settings, addresses: Addresses) -> None:
     print(f"expertd is ready: HTTP http://{addresses.http} · gRPC {addresses.grpc}")
     print("Try it:\n")
     print(SNIPPET.format(grpc=addresses.grpc), flush=True)
+
+
+def _settle() -> None:
+    """Leaves what the start has made out of garbage collection: to walk through all of it would
+    hold every call for some 0.1 s (docs/benchmarks, switch-interval)."""
+    gc.collect()
+    gc.freeze()
 
 
 def _manage_memory(kind: str) -> None:
