@@ -31,7 +31,8 @@ def rows(heading: str) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("home"), "--demo", "--device", "cpu") as ready:
+    told = ("--demo", "--device", "cpu", "--expert-rows")
+    with serving(tmp_path_factory.mktemp("home"), *told) as ready:
         yield ready
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from tests.strategies import generator, layer_spec, random_weights
 
 from expertd.backends.flashinfer_cutlass.weights import native as cutlass
 from expertd.backends.footprint import bytes_beside, tensors_in
+from expertd.backends.triton.weights import FORMATS
 from expertd.backends.triton.weights import native as triton
 from expertd.capability.rows import ROWS
 from expertd.core import QuantScheme
+from expertd.weights.canonical import ExpertWeights
 from expertd.weights.quantize import quantize
 
 TRITON = {(q, r.activation_quant) for r in ROWS if r.backend == "triton" for q in r.quants}
@@ -22,18 +23,24 @@ CONSTANTS = 1000
 @pytest.mark.parametrize(("quant", "rows"), sorted(TRITON))
 def test_triton_holds_no_weights_of_its_own(quant: QuantScheme, rows: str) -> None:
     weights = random_weights(layer_spec(quant=quant, hidden=512, intermediate=512), generator(1))
-    assert bytes_beside(tensors_in(triton(weights, rows)), weights) < CONSTANTS
+    assert bytes_beside(tensors_in(triton(weights, rows)), weights) < again(weights) + CONSTANTS
 
 
-@pytest.mark.parametrize("quant", [QuantScheme.MXFP4, QuantScheme.NVFP4, QuantScheme.MXINT4])
-def test_triton_copies_scales_alone_where_their_rows_begin_anywhere(quant: QuantScheme) -> None:
+def again(weights: ExpertWeights) -> int:
+    """Bytes of the scales that lie in an order of their own: those of groups."""
+    if FORMATS[weights.quant].group not in (16, 32):
+        return 0
+    assert weights.scale13 is not None and weights.scale2 is not None
+    return weights.scale13.nbytes + weights.scale2.nbytes
+
+
+@pytest.mark.parametrize("quant", [q for q in FORMATS if FORMATS[q].group in (16, 32)])
+def test_triton_reads_weights_as_they_are_and_pads_the_scales(quant: QuantScheme) -> None:
     weights = random_weights(layer_spec(quant=quant, hidden=160, intermediate=96), generator(1))
     matrix = triton(weights, "bf16").first
     assert matrix.weight.data_ptr() == weights.w13.data_ptr()
     assert matrix.scale is not None and weights.scale13 is not None
-    assert matrix.scale.stride(1) * matrix.scale.element_size() % 16 == 0
-    given = weights.scale13.view(matrix.scale.dtype)
-    assert torch.equal(matrix.scale[..., : given.shape[-1]], given)
+    assert matrix.scale.nbytes == weights.scale13.nbytes // 160 * 256
 
 
 @pytest.mark.parametrize(("quant", "rows"), CUTLASS)
