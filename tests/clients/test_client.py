@@ -127,6 +127,12 @@ def test_a_token_travels_as_a_bearer(server: Server, connect: Any) -> None:
         assert server.metadata["authorization"] == "Bearer s3cret"
 
 
+@pytest.mark.parametrize("target", ["", " ", "a b:1", "127.0.0.1:1\n"])
+def test_what_is_no_target_is_refused(target: str, connect: Any) -> None:
+    with pytest.raises(InvalidArgument, match="HOST:PORT is accepted"):
+        connect(target)
+
+
 @pytest.mark.parametrize("token", ["", "a b", "line\n", "tokén"])
 def test_a_bad_token_is_refused_and_not_repeated(token: str, connect: Any) -> None:
     with pytest.raises(InvalidArgument) as refusal:

@@ -42,6 +42,8 @@ USAGE = {
     (*BENCH, "--duration", "nan"): "0.001 to 1000000.0 is accepted",
     (*BENCH, "--processes", "0"): "1 to 32 is accepted",
     (*BENCH, "--plot", "/no/such/folder/out.svg"): "/no/such/folder is not a directory",
+    ("health", ""): "'' given; HOST:PORT is accepted",
+    ("counts", "a b"): "'a b' given; HOST:PORT is accepted",
     ("tune", "--model", "MODEL", "--threads", "-1"): "0 to 1024 is accepted",
     ("tune", "--model", "MODEL", "--max-batch-tokens", "0"): "1 to 16777216 is accepted",
     ("tune", "--model", "MODEL", "--experts", "5-2"): "inclusive range",

@@ -28,17 +28,26 @@ MESSAGE_BYTES = 8 << 20
 """Python's gRPC copies a message several times; larger ones always into memory that is new."""
 
 _TOKEN = re.compile(r"[\x21-\x7e]+")
+_TARGET = re.compile(r"\S+")
 _OVER_LIMIT = re.compile(r"message larger than max", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrpcSettings:
-    """How to reach a server; credentials None means no TLS."""
+    """How to reach a server; credentials None means no TLS.
+
+    Raises InvalidArgument for what is no target at all.
+    """
 
     target: str
     token: str | None = None
     credentials: grpc.ChannelCredentials | None = None
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+
+    def __post_init__(self) -> None:
+        if not _TARGET.fullmatch(self.target):
+            accepted = "HOST:PORT is accepted, and what gRPC resolves, such as dns:///NAME:PORT"
+            raise InvalidArgument(f"target {self.target!r}: {accepted}")
 
     def options(self) -> list[tuple[str, int]]:
         """Channel options: the limit in both directions, and a connection of the client's own."""

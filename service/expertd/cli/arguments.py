@@ -1,4 +1,4 @@
-"""Types of arguments: the settings' own parsers, with what they say when they refuse."""
+"""Arguments of several commands, read by the settings' own parsers; they say why they refuse."""
 
 from __future__ import annotations
 
@@ -26,6 +26,21 @@ def accepted(parse: Callable[[str], T]) -> Callable[[str], T]:
 def listed(parse: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     """A parser of several values with commas between them."""
     return accepted(lambda text: tuple(parse(part) for part in text.split(",")))
+
+
+def _address(text: str) -> str:
+    if not text or any(character.isspace() for character in text):
+        raise ValueError("HOST:PORT is accepted, and what gRPC resolves, such as dns:///NAME:PORT")
+    return text
+
+
+address = accepted(_address)
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """TARGET: which server a command asks."""
+    told = "the server's gRPC address, HOST:PORT"
+    parser.add_argument("target", metavar="TARGET", type=address, help=told)
 
 
 rows = accepted(number(0, 1 << 24))

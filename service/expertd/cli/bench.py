@@ -34,7 +34,7 @@ RATES = listed(number(0.001, 1e6, float))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="the server's gRPC address, HOST:PORT")
+    arguments.add_target(parser)
     parser.add_argument("--model", required=True)
     parser.add_argument("--layer", type=arguments.layer, required=True)
     parser.add_argument(

@@ -20,7 +20,7 @@ from expertd_client.calls import CallOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="the server's gRPC address, HOST:PORT")
+    arguments.add_target(parser)
     parser.add_argument("--model", required=True)
     parser.add_argument("--layer", type=arguments.layer, required=True)
     parser.add_argument("--tokens", type=arguments.rows, default=16, help="rows (default 16)")

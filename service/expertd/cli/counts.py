@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from expertd.cli import arguments
 from expertd.errors import InvalidArgument
 from expertd_client import Client, ExpertdError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="the server's gRPC address, HOST:PORT")
+    arguments.add_target(parser)
     parser.add_argument("--model", default=None, help="needed if the server has several")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="else to stdout")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from expertd.cli import arguments
 from expertd_client import Client
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="the server's gRPC address, HOST:PORT")
+    arguments.add_target(parser)
 
 
 def run(args: argparse.Namespace) -> int:
