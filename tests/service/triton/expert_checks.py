@@ -292,13 +292,15 @@ def test_rows_quantised_by_the_caller(
     assert error(row, spec, random_weights(spec, generator(seed)), batch) <= 1
 
 
+@pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("quant", [QuantScheme.BF16, QuantScheme.FP16, QuantScheme.NVFP4])
 def test_rows_and_replies_of_other_dtypes(
-    quant: QuantScheme, dtype: torch.dtype, seed: int
+    quant: QuantScheme, dtype: torch.dtype, tokens: int, seed: int
 ) -> None:
+    """A lone row is split in the loop."""
     spec = layer(quant)
-    batch = batch_of(spec, 6, 2, seed)
+    batch = batch_of(spec, tokens, 2, seed)
     batch = replace(batch, rows=batch.rows.to(dtype), out=batch.out.to(dtype))
     weights = random_weights(spec, generator(seed))
     assert error(row_of(quant, "bf16"), spec, weights, batch) <= 1

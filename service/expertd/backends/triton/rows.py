@@ -48,7 +48,8 @@ def prepared(batch: Batch, matrix: Matrix, buffers: Buffers, in_loop: bool, besi
     if batch.row_scales is not None:
         return _given(batch, matrix)
     if used_as_they_are(matrix, in_loop):
-        return Rows(rows)
+        # Rows that are split in the loop are read four values a time: these are bfloat16.
+        return Rows(rows if matrix.format.packed == 1 else rows.to(torch.bfloat16))
     return PREPARE[matrix.kind](rows, matrix, buffers, beside)
 
 
