@@ -76,23 +76,24 @@ class _Whole:
 
 
 def _cuts(call: ForwardCall, message_bytes: int) -> list[slice]:
+    """All rows at once also where some tensor has other rows than the call: that is to be refused,
+    and cut, it could become messages that each look right."""
     rows = call.hidden_states
-    if rows is None or rows.nbytes <= message_bytes or not rows.shape:
+    if rows is None or rows.nbytes <= message_bytes:
+        return [slice(0, 0)]
+    if len({tensor.shape[:1] for tensor in _tensors(call).values()}) > 1:
         return [slice(0, 0)]
     return messages(rows.shape[0], most_rows(rows.nbytes, rows.shape[0], message_bytes))
 
 
 def _some(call: ForwardCall, rows: slice) -> ForwardCall:
-    """Those rows of every tensor that has as many as the call; others whole, to be refused."""
-    fields = call._asdict().items()
-    tensors = {name: value for name, value in fields if type(value) is WireTensor and value.shape}
-    tokens = tensors["hidden_states"].shape[0]
-    cut: dict[str, Any] = {
-        name: _rows_of(tensor, rows)
-        for name, tensor in tensors.items()
-        if tensor.shape[0] == tokens
-    }
+    """Those rows of every tensor."""
+    cut: dict[str, Any] = {name: _rows_of(tensor, rows) for name, tensor in _tensors(call).items()}
     return call._replace(**cut)
+
+
+def _tensors(call: ForwardCall) -> dict[str, WireTensor]:
+    return {name: value for name, value in call._asdict().items() if type(value) is WireTensor}
 
 
 def _rows_of(tensor: WireTensor, rows: slice) -> WireTensor:

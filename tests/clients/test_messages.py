@@ -131,9 +131,13 @@ def test_replies_that_do_not_fit_together_are_refused(client: Any, server: Serve
         client.forward("demo", 0, rows_and_routing()[0])
 
 
+@pytest.mark.parametrize("count", [5, 77, TOKENS - 1])
 def test_routing_for_other_rows_is_left_to_the_server_to_refuse(
-    client: Any, server: Server
+    client: Any, server: Server, count: int
 ) -> None:
+    """Cut, such a call could become messages that each look right."""
     rows, _ = rows_and_routing()
-    client.forward("demo", 0, rows, router_logits=np.ones((5, 4), np.float32))
-    assert {call.router_logits.shape for call in server.calls} == {(5, 4)}
+    client.forward("demo", 0, rows, router_logits=np.ones((count, 4), np.float32))
+    (call,) = server.calls
+    assert call.hidden_states.shape == (TOKENS, HIDDEN)
+    assert call.router_logits.shape == (count, 4)
