@@ -67,7 +67,8 @@ def _ids(spec: LayerSpec, routed: Tensor, bias: Tensor | None) -> Tensor:
     if not routed.is_floating_point():
         return routed
     assert spec.routing is not None, "only layers that route take logits"
-    return router_on(routed.device.type)(spec.routing, routed, bias)[0]
+    with torch.cuda.device_of(routed):  # whoever asks has another one, where Triton would launch
+        return router_on(routed.device.type)(spec.routing, routed, bias)[0]
 
 
 def balance(counts: list[int]) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +13,7 @@ from tests.service.engine.parts import echo, resident, running
 from tests.strategies import generator, layer_spec, random_topk, wire_call
 
 from expertd.backends.base import Batch
+from expertd.core import RoutingSpec
 from expertd.engine import expert_rows
 from expertd.engine.expert_rows import ExpertRows, balance
 from expertd.engine.resident import Residents
@@ -61,6 +65,28 @@ def test_where_the_kernel_routes_the_logits_are_counted() -> None:
     assert SPEC.routing is not None
     ids, _ = route_for(SPEC.routing, logits)
     assert rows.counts(SPEC) == by_hand(ids)
+
+
+def test_logits_are_routed_on_their_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever reads the metrics has card 0, and Triton launches on the card of its thread."""
+    logits = torch.randn(3, EXPERTS, generator=generator(95))
+    on: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        on.append(tensor)
+        yield
+        on.clear()
+
+    def route(spec: RoutingSpec, given: torch.Tensor, bias: None) -> tuple[torch.Tensor, ...]:
+        assert len(on) == 1 and on[0] is logits
+        return route_for(spec, given, bias)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(expert_rows, "router_on", lambda device_type: route)
+    rows = ExpertRows()
+    rows.note(SPEC, Batch(logits, logits, logits=logits), None)
+    assert sum(rows.counts(SPEC)) > 0 and not on
 
 
 def test_experts_that_are_not_held_have_no_rows() -> None:
