@@ -67,7 +67,8 @@ def _ids(spec: LayerSpec, routed: Tensor, bias: Tensor | None) -> Tensor:
     if not routed.is_floating_point():
         return routed
     assert spec.routing is not None, "only layers that route take logits"
-    with torch.cuda.device_of(routed):  # whoever asks has another one, where Triton would launch
+    # Whoever asks may have another card, and Triton would launch there.
+    with torch.cuda.device_of(routed):  # type: ignore[no-untyped-call]
         return router_on(routed.device.type)(spec.routing, routed, bias)[0]
 
 
