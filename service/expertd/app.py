@@ -128,14 +128,17 @@ class App:
         begin = time.monotonic()
         drained = self.engine.drain(self.settings.drain_seconds)
         left = self.settings.drain_seconds - (time.monotonic() - begin)
-        self._grpc.stop(max(0.5, left))
-        self._http.stop()
+        self._close(max(0.5, left))
         return drained
 
     def abandon(self) -> None:
         """Down without a drain, when the device is lost; what was answered still leaves."""
-        self._grpc.stop(ABANDON_SECONDS)
+        self._close(ABANDON_SECONDS)
+
+    def _close(self, grace: float) -> None:
+        self._grpc.stop(grace)
         self._http.stop()
+        self.steward.stop()
 
     def _lose(self) -> None:
         """Out of health before anybody is told; then the process ends."""

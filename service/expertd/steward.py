@@ -29,7 +29,7 @@ class Steward:
         self._check = check
         self._begin_drain = begin_drain
         self._sources: dict[str, ModelSource] = {}
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
 
     def start(self, sources: list[ModelSource]) -> None:
         """Announces every model, then loads them in the background; raises what is wrong."""
@@ -37,6 +37,10 @@ class Steward:
         for source in sources:
             self._jobs.put((source, self._announce(source)))
         threading.Thread(target=self._work, name="loader", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends the thread once it has loaded what it was told to."""
+        self._jobs.put(None)
 
     def _announce(self, source: ModelSource) -> list[Resident]:
         """A layer that is not there was named by the operator's own flag."""
@@ -84,5 +88,5 @@ class Steward:
             raise FailedPrecondition(f"layers {extra} of {source.name} are outside --layers")
 
     def _work(self) -> None:
-        while True:
-            self._loader.load(*self._jobs.get())
+        while (job := self._jobs.get()) is not None:
+            self._loader.load(*job)

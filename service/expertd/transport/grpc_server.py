@@ -48,7 +48,8 @@ class GrpcServer:
         refused: Callable[[], None],
     ) -> None:
         self._tls = tls
-        workers, refuser = Workers(limits.max_concurrent_calls), Refuser()
+        refuser = Refuser()
+        self._workers = workers = Workers(limits.max_concurrent_calls)
         self._server = grpc.server(
             workers,
             maximum_concurrent_rpcs=limits.max_concurrent_calls + MOST_REFUSALS,
@@ -86,6 +87,8 @@ class GrpcServer:
         """Refuses new calls and waits up to grace seconds for those that run."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
+        self._workers.close()
+        self._health.close()
 
 
 def _options(limits: GrpcLimits) -> list[tuple[str, int]]:

@@ -66,8 +66,8 @@ class Workers:
     """The threads of the handlers, which know whether as many calls as may be are being answered.
 
     A call of a method in two halves takes a thread only for what is not quick. Threads are started
-    as they are needed, and stay; a ThreadPoolExecutor would make a Future with its condition for
-    each call, which one of a few rows would feel.
+    as they are needed, and stay until close(); a ThreadPoolExecutor would make a Future with its
+    condition for each call, which one of a few rows would feel.
     """
 
     def __init__(self, most: int) -> None:
@@ -76,7 +76,7 @@ class Workers:
         self._handed = 0
         self._started = 0
         self._counting = threading.Lock()
-        self._waiting: SimpleQueue[Work] = SimpleQueue()
+        self._waiting: SimpleQueue[Work | None] = SimpleQueue()
         self._fits = fits()
         if not self._fits:
             log.warning("grpcio %s is unknown inside: each call takes a thread", grpc.__version__)
@@ -113,9 +113,13 @@ class Workers:
         if more:
             threading.Thread(target=self._serve, name="grpc", daemon=True).start()
 
+    def close(self) -> None:
+        """Ends the threads, after a last call that each may be busy with."""
+        for _ in range(self._started):
+            self._waiting.put(None)
+
     def _serve(self) -> None:
-        while True:
-            work = self._waiting.get()
+        while (work := self._waiting.get()) is not None:
             self._do(work)
             del work  # its call's bytes
             with self._counting:
@@ -187,9 +191,13 @@ class Health(health.HealthServicer):  # type: ignore[misc]
     """grpc.health.v1 on a thread of its own: it answers however many calls there are."""
 
     def __init__(self) -> None:
-        threads = ThreadPoolExecutor(1, thread_name_prefix="grpc-health")
-        super().__init__(experimental_non_blocking=True, experimental_thread_pool=threads)
-        self.Check = beside(super().Check, threads)
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="grpc-health")
+        super().__init__(experimental_non_blocking=True, experimental_thread_pool=self._threads)
+        self.Check = beside(super().Check, self._threads)
+
+    def close(self) -> None:
+        """Ends its thread; nobody asks any more."""
+        self._threads.shutdown(wait=False)
 
 
 def beside(method: Callable[..., Any], threads: ThreadPoolExecutor) -> Callable[..., Any]:
