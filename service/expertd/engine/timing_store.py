@@ -9,7 +9,8 @@ from expertd.capability.device import DeviceInfo
 from expertd.core import LayerSpec
 from expertd.engine.timings import Times, Timings
 from expertd.proof.files import read_entries, replace_entries
-from expertd.proof.store import cell_of, fingerprint, shape_of
+from expertd.proof.fingerprint import fingerprint
+from expertd.proof.store import cell_of, shape_of
 
 
 class TimingStore:

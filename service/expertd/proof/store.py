@@ -6,36 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expertd import __version__
 from expertd.capability.device import DeviceInfo
 from expertd.capability.row import Cell, State
 from expertd.config import cache_directory
 from expertd.core import LayerSpec, PlanMode, QuantScheme
 from expertd.proof.files import read_entries, replace_entries
+from expertd.proof.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from expertd.proof.run import Proof
-
-DRIVER = Path("/proc/driver/nvidia/version")
-
-
-def fingerprint(device: DeviceInfo) -> str:
-    """Everything that can change what a kernel computes here: proofs hold for this and no other."""
-    facts = {
-        "device": device.name,
-        "arch": device.arch,
-        "simulated": device.simulated,
-        "driver": DRIVER.read_text() if DRIVER.exists() else "",
-        "torch": _version("torch"),
-        "triton": _version("triton"),
-        "flashinfer": device.flashinfer,
-        "expertd": __version__,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def proven_states(device: DeviceInfo) -> dict[Cell, State]:
@@ -46,13 +28,6 @@ def proven_states(device: DeviceInfo) -> dict[Cell, State]:
 def proven_shapes(device: DeviceInfo, spec: LayerSpec) -> dict[Cell, State]:
     """The same of a layer's shape."""
     return {} if device.simulated else ProofStore(cache_directory(), device).shape_states(spec)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 class ProofStore:

@@ -111,7 +111,15 @@ class Workers:
             self._started += more
         self._waiting.put(work)
         if more:
+            self._start_one()
+
+    def _start_one(self) -> None:
+        try:
             threading.Thread(target=self._serve, name="grpc", daemon=True).start()
+        except ZeroDivisionError as error:  # the thread that polls gRPC must survive it
+            log.warning("%s; calls wait for those that there are", error)
+            with self._counting:
+                self._started -= 1
 
     def close(self) -> None:
         """Ends the threads, after a last call that each may be busy with."""

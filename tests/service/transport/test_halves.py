@@ -151,6 +151,31 @@ def test_no_thread_waits_for_an_answer(way: str) -> None:
         served.answers()
 
 
+def test_where_no_thread_can_be_started_calls_wait_for_one(
+    served: Served, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, start = list[threading.Thread](), threading.Thread.start
+
+    def start_no_handler(thread: threading.Thread) -> None:
+        if thread.name == "grpc":
+            tried.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_no_handler)
+        calls = [served.call(b"")]
+        if way == POLLED:
+            served.script.wait_for(1)[0].ready(b"!", False)
+        until(lambda: tried)
+    calls.append(served.call(b""))
+    if way == THREADS:
+        served.script.wait_for(1)[0].ready(b"!", False)
+    served.script.wait_for(2)[1].ready(b"!", False)
+    assert [call.result() for call in calls] == [b"!"] * 2
+    served.answers()
+
+
 def test_an_answer_may_be_there_before_the_first_half_has_ended(served: Served) -> None:
     assert served.call(b"at once").result() == b"at once"
     served.answers()
