@@ -116,7 +116,7 @@ class Workers:
     def _start_one(self) -> None:
         try:
             threading.Thread(target=self._serve, name="grpc", daemon=True).start()
-        except ZeroDivisionError as error:  # the thread that polls gRPC must survive it
+        except RuntimeError as error:  # the thread that polls gRPC must survive it
             log.warning("%s; calls wait for those that there are", error)
             with self._counting:
                 self._started -= 1
