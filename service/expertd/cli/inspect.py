@@ -20,10 +20,11 @@ from expertd.capability.spec import call_form
 from expertd.cli.capabilities import add_device_arguments
 from expertd.cli.tables import console, folded
 from expertd.core import LayerSpec
-from expertd.errors import InvalidArgument
+from expertd.errors import FailedPrecondition, InvalidArgument
 from expertd.weights.checkpoint import Checkpoint
-from expertd.weights.layers import Model, ranges, survey
+from expertd.weights.layers import Model, Survey, ranges, survey
 from expertd.weights.placement import Placement, propose
+from expertd.weights.source import locate
 from expertd.weights.storage import layer_bytes
 
 Answer = dict[str, Any]
@@ -67,7 +68,7 @@ def inspect(path: Path, device: DeviceInfo, gpu: int | None, count: int) -> Answ
     Raises FailedPrecondition when no layer can be served.
     """
     checkpoint = Checkpoint.open(path, skip_broken=True)
-    found = survey(checkpoint)
+    found = _located(checkpoint, survey(checkpoint))
     specs = found.specs
     if not specs:
         raise next(iter(found.refused.values()))
@@ -82,6 +83,18 @@ def inspect(path: Path, device: DeviceInfo, gpu: int | None, count: int) -> Answ
     if gpu is not None:
         answer["placement"] = _placement(specs, int(gpu * (1 - RESERVE)), count)
     return answer
+
+
+def _located(checkpoint: Checkpoint, found: Survey) -> Survey:
+    """The layers of a survey whose tensors are all there, as config and format say."""
+    model, specs, refused = Model.of(checkpoint), dict(found.specs), dict(found.refused)
+    for layer, spec in found.specs.items():
+        try:
+            locate(model, layer, spec)
+        except FailedPrecondition as why:
+            del specs[layer]
+            refused[layer] = why
+    return Survey(specs, refused)
 
 
 def _alike(specs: Mapping[int, LayerSpec]) -> dict[LayerSpec, list[int]]:

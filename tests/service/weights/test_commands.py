@@ -80,6 +80,19 @@ def test_inspect_names_the_layers_that_cannot_be_served(
     assert "layer 1 cannot be served" in capsys.readouterr().out
 
 
+def test_inspect_names_tensors_that_are_not_as_config_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = qwen(tmp_path / "m")
+    config = json.loads((root / "config.json").read_text())
+    config["moe_intermediate_size"] *= 2
+    (root / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["inspect", str(root)]) == 1
+    told = capsys.readouterr().err
+    assert "config.json makes it" in told and "experts.0." in told
+
+
 @pytest.mark.parametrize("path", ["nowhere", "empty"])
 def test_inspect_of_no_checkpoint_fails(
     path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
