@@ -279,6 +279,8 @@ class Delivery:
         except ExpertdError as error:
             if not final(error):
                 replica.failed(error, self._loop.time())
+            elif rows < self._call.tokens:
+                error.add_note(f"rows are counted among {part.work.told} that a replica was sent")
             raise
         finally:
             self._release(part)

@@ -53,6 +53,11 @@ class Work:
     ids: Rows | None = None
     weights: Rows | None = None
 
+    @property
+    def told(self) -> str:
+        """Which rows they are, in words."""
+        return f"{len(self.rows)} of the call's rows {self.rows[0]} to {self.rows[-1]}"
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -36,6 +36,7 @@ from expertd_client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from expertd_wire.tensors import to_numpy
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,23 @@ def test_what_every_replica_would_say_is_not_asked_again(error: ExpertdError) ->
     with pool_over(fleet) as pool, pytest.raises(type(error), match=str(error)):
         pool.forward(MODEL, LAYER, ROWS[:2], router_logits=LOGITS[:2])
     assert fleet.attempts == 1
+
+
+def test_an_error_that_counts_rows_says_among_which() -> None:
+    """A part's own row 3 is another row of the call."""
+    fleet = whole(2)
+
+    async def refuse_the_second(call: Any) -> None:
+        if (to_numpy(call.hidden_states)[-1] == ROWS[-1]).all():
+            raise InvalidArgument("row 3 has NaN")
+
+    for server in fleet:
+        server.script = refuse_the_second
+    with pool_over(fleet) as pool, pytest.raises(InvalidArgument) as refusal:
+        ask(pool)
+    assert refusal.value.__notes__ == [
+        "rows are counted among 150 of the call's rows 150 to 299 that a replica was sent"
+    ]
 
 
 def test_an_overloaded_replica_is_left_alone_as_long_as_it_asks() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from concurrent.futures import CancelledError
-from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any, TypeVar, get_args
 
@@ -19,7 +19,7 @@ from expertd_client.fleet.loop import LoopThread
 from expertd_client.fleet.message import PoolCall
 from expertd_client.fleet.placement import Policy, Shard, agreed_edition
 from expertd_client.replicas import Fleet
-from expertd_client.transport.grpc import GrpcSettings
+from expertd_client.transport.grpc import GrpcSettings, bearer
 from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
 from expertd_wire.v1 import experts_pb2 as pb
 
@@ -45,14 +45,14 @@ class Core:
     ) -> None:
         if shard not in get_args(Shard):
             raise InvalidArgument(f"shard={shard!r}; accepted: {', '.join(get_args(Shard))}")
-        to_all = GrpcSettings(
-            target="", token=token, credentials=credentials, max_message_bytes=max_message_bytes
-        )
-        to_all.metadata()  # raises now what is wrong with the token
+        bearer(token)  # raises now what is wrong with it
         source = endpoints(targets)
+        dialled = partial(
+            GrpcSettings, token=token, credentials=credentials, max_message_bytes=max_message_bytes
+        )
 
         def by_grpc(target: str) -> Link:
-            return GrpcLink(replace(to_all, target=target))
+            return GrpcLink(dialled(target=target))
 
         self._policy = Policy(shard, wait_for_experts, hedge)
         self._fleet = Fleet(source, connect or by_grpc)

@@ -32,6 +32,15 @@ _TARGET = re.compile(r"\S+")
 _OVER_LIMIT = re.compile(r"message larger than max", re.IGNORECASE)
 
 
+def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
+    """A token as metadata, if any; raises InvalidArgument without repeating a bad one."""
+    if token is None:
+        return ()
+    if not _TOKEN.fullmatch(token):
+        raise InvalidArgument("token: printable ASCII without blanks is accepted")
+    return (("authorization", f"Bearer {token}"),)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrpcSettings:
     """How to reach a server; credentials None means no TLS.
@@ -62,12 +71,8 @@ class GrpcSettings:
         ]
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The bearer token, if any; raises InvalidArgument without repeating a bad one."""
-        if self.token is None:
-            return ()
-        if not _TOKEN.fullmatch(self.token):
-            raise InvalidArgument("token: printable ASCII without blanks is accepted")
-        return (("authorization", f"Bearer {self.token}"),)
+        """What goes with every call; raises as bearer() does."""
+        return bearer(self.token)
 
     def channel(self, library: Any) -> Any:
         """A channel of grpc or grpc.aio."""
