@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tests.clients.fleets import HIDDEN, LAYER, MODEL, TABLE, ranges, routed, whole
 from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, assert_right, hang, pool_over
+from tests.waiting import until
 
 from expertd_client.errors import ExpertsUnavailable
 
@@ -18,6 +19,7 @@ def test_a_call_waits_for_experts_that_nobody_holds() -> None:
     fleet = ranges((0, 8), (8, 16))
     fleet[1].reachable = False
     with pool_over(fleet) as pool:
+        until(lambda: pool.layers(MODEL))
         with pytest.raises(ExpertsUnavailable, match=r"layer m/3: .* experts 8-15"):
             ask(pool, timeout=0.3)
         threading.Timer(0.3, setattr, (fleet[1], "reachable", True)).start()
