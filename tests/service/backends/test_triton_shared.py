@@ -8,10 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.compiled import CARDS, CELLS, backend_of, compiling_for, laid_out, random_cut
+from tests.compiled import (
+    CARDS,
+    CELLS,
+    backend_of,
+    compiling_for,
+    laid_out,
+    random_cut,
+    sums_apart,
+)
 
 from expertd.backends.triton.backend import Triton
-from expertd.backends.triton.shared import Card, fitted, need
+from expertd.backends.triton.shared import COLUMNS, Card, columns, fitted, need
 from expertd.backends.triton.tiles import Cut, Tile, by_rule, table
 from expertd.capability.row import Row
 from expertd.core import QuantScheme
@@ -40,6 +48,13 @@ def needs(backend: Triton, cut: Cut, card: Card) -> list[int]:
     ]
 
 
+def sums(backend: Triton, cut: Cut) -> list[int]:
+    """How many columns of tensor memory both GEMMs take, likewise."""
+    halves = 2 if backend.spec.activation.gated else 1
+    first, second = backend._native.first, backend._native.second
+    return [columns(cut.first, first, halves), columns(cut.second, second, 1)]
+
+
 @cells
 @pytest.mark.parametrize("gated", [True, False])
 def test_every_cut_fits_every_card(row: Row, quant: QuantScheme, gated: bool) -> None:
@@ -54,6 +69,7 @@ def test_every_cut_fits_every_card(row: Row, quant: QuantScheme, gated: bool) ->
         for cut in cuts:
             found = fitted(cut, first, second, gated, card)
             assert max(needs(backend, found, card)) <= card.shared, (card, cut)
+            assert not card.sums_apart or max(sums(backend, found)) <= COLUMNS, cut
             assert found == fitted(found, first, second, gated, card)
 
 
@@ -67,6 +83,8 @@ def test_what_fits_stays_as_it_is(row: Row, quant: QuantScheme) -> None:
             cuts = [by_rule(pairs, 6, first, second, pairs) for pairs in PAIRS]
             kind = (card.arch, quant, row.activation_quant, gated)
             cuts += [one.cut for one in table() if _kind(one.work) == kind]
+            if card.sums_apart:
+                cuts = [cut for cut in cuts if max(sums(backend, cut)) <= COLUMNS]
             assert [fitted(cut, first, second, gated, card) for cut in cuts] == cuts
 
 
@@ -97,11 +115,28 @@ def compare(arch: str, count: int, chance: random.Random) -> None:
             found, expected = laid_out(backend, cut), needs(backend, cut, card)
             print(arch, quant, row.activation_quant, cut.first, cut.sorted, found, expected)
             assert all(f <= e for f, e in zip(found, expected, strict=True))
+            if card.sums_apart:
+                found, expected = sums_apart(backend, cut), sums(backend, cut)
+                print(found, expected)
+                assert all(f <= e for f, e in zip(found, expected, strict=True))
 
 
 def runs(row: Row, arch: str) -> bool:
     """Cards before SM89 have no fp8 to multiply, nor can Triton round to it."""
     return arch not in ("sm80", "sm86") or row.activation_quant == "bf16"
+
+
+@pytest.mark.parametrize("quant", [QuantScheme.MXFP4, QuantScheme.NVFP4, QuantScheme.MXINT4])
+def test_what_was_too_large_for_tensor_memory(quant: QuantScheme) -> None:
+    """Packed weights are multiplied as four matrices: 1024 columns were asked of 512."""
+    row = next(row for row, found in CELLS if found == quant)
+    backend = backend_of(row, quant, True, CPU)
+    first, second = backend._native.first, backend._native.second
+    rule = by_rule(100_000, 6, first, second, 50_000)
+    cut = fitted(rule, first, second, True, CARDS["sm100"])
+    assert cut == replace(rule, first=replace(rule.first, n=64))
+    with compiling_for("sm100"):
+        assert max(sums_apart(backend, rule)) > COLUMNS >= max(sums_apart(backend, cut))
 
 
 def test_what_was_too_large_for_an_h200() -> None:

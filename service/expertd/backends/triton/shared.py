@@ -1,6 +1,7 @@
-"""How much shared memory a tile needs, and the tiles that fit a card instead of those that do not.
+"""How much of a card's memories a tile needs, and the tiles that fit instead of those that do not.
 
-The need is an upper bound of what Triton lays out; tests/gpu/test_shared.py compares them.
+The needs are upper bounds of what Triton lays out; tests/service/backends/test_triton_shared.py
+compares them, and tests/gpu/test_shared.py on a card.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from expertd.backends.triton.weights import Matrix
 
 BESIDE = 3 * 1024
 """Barriers of tensor maps, and what warps exchange when they reduce."""
+COLUMNS = 512
+"""Of tensor memory, where cards have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,11 @@ class Card:
         """Whether the tensor cores read a step from shared memory while others are being loaded."""
         return self.arch.startswith(("sm9", "sm10"))
 
+    @property
+    def sums_apart(self) -> bool:
+        """Whether the tensor cores keep their sums in a memory of its own, tensor memory."""
+        return self.arch.startswith("sm10")
+
 
 def fitted(cut: Cut, first: Matrix, second: Matrix, gated: bool, card: Card) -> Cut:
     """The cut, or one that comes nearest to it and fits the card's shared memory."""
@@ -38,6 +46,8 @@ def fitted(cut: Cut, first: Matrix, second: Matrix, gated: bool, card: Card) -> 
 
 
 def _fitted(tile: Tile, matrix: Matrix, halves: int, card: Card) -> Tile:
+    if card.sums_apart:
+        tile = _narrowed(tile, matrix, halves)
     tried = (tile, *_smaller(tile, matrix))
     fitting = (one for one in tried if need(one, matrix, halves, card) <= card.shared)
     return next(fitting, tried[-1])
@@ -52,12 +62,38 @@ def _smaller(tile: Tile, matrix: Matrix) -> Iterator[Tile]:
         tile = replace(tile, m=64, short=0, grouped=False, registers=0)
         yield tile
     while tile.m > 16:
-        lower = tile.m // 2
-        tile = replace(tile, m=lower, short=tile.short if tile.short < lower else 0)
+        tile = _lower(tile)
         yield tile
     while tile.k > 64 and not _of_blocks(matrix):
         tile = replace(tile, k=tile.k // 2)
         yield tile
+
+
+def _lower(tile: Tile) -> Tile:
+    m = tile.m // 2
+    return replace(tile, m=m, short=tile.short if tile.short < m else 0)
+
+
+def _narrowed(tile: Tile, matrix: Matrix, halves: int) -> Tile:
+    """The tile, or one whose sums fit tensor memory."""
+    while columns(tile, matrix, halves) > COLUMNS:
+        tile = _lower(tile) if tile.swapped else replace(tile, n=tile.n // 2)
+    return tile
+
+
+def columns(tile: Tile, matrix: Matrix, halves: int) -> int:
+    """Columns of tensor memory, at most, that a GEMM takes where its sums lie there."""
+    high, wide = (tile.n, tile.m) if tile.swapped else (tile.m, tile.n)
+    if high < 64:
+        return 0  # too few rows for what has its sums there
+    packed = matrix.format.packed
+    # Each multiplication of a step has sums of its own: packed weights come as four matrices.
+    sums = packed * halves * wide
+    if packed > 1 and not tile.swapped:
+        return sums if high > 64 else sums // 2
+    # What is converted before it is multiplied from the left lies beside them.
+    left = tile.k // 2 * (halves if tile.swapped else 1)
+    return 1 << (sums + left - 1).bit_length()
 
 
 def need(tile: Tile, matrix: Matrix, halves: int, card: Card) -> int:
