@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -192,6 +193,7 @@ def test_a_call_whose_thread_gives_up_is_taken_back() -> None:
 
     def interrupt() -> None:
         begun.wait(10)
+        until(lambda: sys._current_frames()[main].f_code.co_name == "wait")
         signal.pthread_kill(main, signal.SIGINT)
 
     with ExpertPool(fleet.targets, connect=fleet.connect) as pool:
