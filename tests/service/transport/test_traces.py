@@ -46,6 +46,7 @@ def local(way: None) -> Iterator[Local]:
 @pytest.fixture
 def forward(local: Local) -> Iterator[grpc.UnaryUnaryMultiCallable[Any, Any]]:
     with grpc.insecure_channel(local.addresses.grpc) as channel:
+        grpc.channel_ready_future(channel).result(20)
         yield channel.unary_unary(FORWARD)
 
 
