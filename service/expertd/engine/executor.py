@@ -110,11 +110,18 @@ class Executor:
         try:
             self._stagings[0].work_here()
             with torch.inference_mode():
-                while (flight := self._landing.get()) is not None:
-                    self._land(flight)
+                while self._land_next():
+                    pass
             self._over.set()
         except BaseException as error:
             self._die(error)
+
+    def _land_next(self) -> bool:
+        """False when there will be none; while it waits, nothing of the last one is kept."""
+        flight = self._landing.get()
+        if flight is not None:
+            self._land(flight)
+        return flight is not None
 
     def _land(self, flight: Flight) -> None:
         """Answers a batch's calls when the device has done with it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.service.engine.parts import Reports, echo, running
 from tests.strategies import generator, torch_tensor, wire_call
+from tests.waiting import until
 
 from expertd.engine.staging import Staging
 from expertd.errors import Unavailable
@@ -91,6 +93,17 @@ def test_every_call_gets_its_own_rows(sizes: list[int], seed: int) -> None:
     assert sum(report.tokens for report in reports.ran_batches) == sum(sizes)
     for call, reply in zip(calls, replies, strict=True):
         assert torch.equal(torch_tensor(reply.output), torch_tensor(call.hidden_states))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_layer_that_is_unloaded_is_not_held_by_its_last_batch(count: int) -> None:
+    """Else its weights would stay on the device until there is another call."""
+    layer = echo(WIDTH)
+    with running(layer, ways=[Staging() for _ in range(count)]) as engine:
+        assert engine.submit(rows(generator(75), 3), "test", None).future.result(10)
+        kept = [weakref.ref(backend) for backend in layer.backends.values()]
+        layer.backends = {}
+        until(lambda: [ref() for ref in kept] == [None])
 
 
 def test_a_drain_waits_for_what_is_under_way() -> None:
