@@ -23,13 +23,12 @@ Exchange = Generator[bytes, bytes, Reply[ArrayT]]
 def exchange(call: ForwardCall, like: ArrayT, message_bytes: int) -> Exchange[ArrayT]:
     """A call's requests, each of at most so many bytes of rows, and what their replies make.
 
-    The plan is the first message's, the times are all messages' together. Starts over if the layer
-    was loaded again meanwhile: one answer never comes from two sets of weights.
+    The plan is the first message's, the times are all messages' together. One answer never comes
+    from two sets of weights: if the layer was loaded again meanwhile, or a proxy asked servers that
+    differ, all rows travel once more, as one message.
     """
     cuts = _cuts(call, message_bytes)
-    if len(cuts) == 1:
-        return decode_reply((yield encoded(call)), like)
-    while True:
+    if len(cuts) > 1:
         whole = _Whole(cuts[-1].stop)
         for rows in cuts:
             try:
@@ -41,6 +40,7 @@ def exchange(call: ForwardCall, like: ArrayT, message_bytes: int) -> Exchange[Ar
         if len({reply.generation for reply in whole.replies}) == 1:
             output = kind_of("hidden_states", like).adopt(whole.output, like)
             return reply_of(output, whole.reply())
+    return decode_reply((yield encoded(call)), like)
 
 
 class _Whole:

@@ -84,19 +84,15 @@ def test_the_times_are_those_of_all_messages(client: Any) -> None:
     assert reply.backend == "identity"
 
 
-def test_a_call_starts_over_when_the_layer_was_loaded_again(client: Any, server: Server) -> None:
-    rows, _ = rows_and_routing()
-    changed(server, generation=[1, 1, 2])
-    np.testing.assert_array_equal(client.forward("demo", 0, rows), rows)
-    assert len(server.calls) == 8
-
-
-def test_layers_that_are_loaded_all_the_time_do_not_hold_a_call_for_ever(
-    client: Any, server: Server
+@pytest.mark.parametrize("generations", [[1, 1, 2], [1, 2, 1, 2], range(1, 1 << 30)])
+def test_weights_that_change_meanwhile_are_not_mixed(
+    client: Any, server: Server, generations: Any
 ) -> None:
-    changed(server, generation=range(1, 1 << 30))
-    with pytest.raises(ExpertdError, match=r"(?i)deadline"):
-        client.forward("demo", 0, rows_and_routing()[0], timeout=0.3)
+    """Loaded again, and behind a proxy that asks servers in turn, and loaded all the time."""
+    rows, _ = rows_and_routing()
+    changed(server, generation=generations)
+    np.testing.assert_array_equal(client.forward("demo", 0, rows, timeout=None), rows)
+    assert [len(to_numpy(call.hidden_states)) for call in server.calls] == [76, 77, 77, 77, TOKENS]
 
 
 def test_the_messages_share_the_deadline_of_their_call(client: Any, server: Server) -> None:
