@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from queue import Full, Queue
 
-STDERR = 2
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 EXTRAS = ("request_id", "carrier", "model", "layer", "code", "reason", "tokens", "milliseconds")
 """What a record may carry beside its message (logging's extra=)."""
@@ -42,7 +42,7 @@ class Aside(logging.Handler):
     Not through sys.stderr, whose lock would be held at the end of the process.
     """
 
-    def __init__(self, fd: int = STDERR) -> None:
+    def __init__(self, fd: int) -> None:
         super().__init__()
         self._fd = fd
         self._lost = 0
@@ -84,6 +84,7 @@ def _missing(lines: int) -> logging.LogRecord:
 
 def set_up(style: str) -> None:
     """Logs to stderr in the style asked for."""
-    handler = Aside()
+    # Where stderr was closed, its number is that of something else by now.
+    handler = logging.NullHandler() if sys.stderr is None else Aside(sys.stderr.fileno())
     handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(TEXT))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

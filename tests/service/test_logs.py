@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.waiting import until
@@ -80,3 +83,18 @@ def test_a_reader_who_has_gone_ends_nothing() -> None:
     say(handler, "to nobody", "nor this")
     until(lambda: not handler._lines.unfinished_tasks)
     os.close(ends[1])
+
+
+def test_without_a_stderr_nothing_else_is_written_to(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    code = (
+        "import logging, os, sys\n"
+        "from expertd.logs import set_up\n"
+        "assert os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) == 2\n"
+        "set_up('text')\n"
+        "logging.getLogger().warning('to nobody')\n"
+        "logging.shutdown()\n"
+    )
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code, str(other)]
+    assert subprocess.run(command).returncode == 0
+    assert other.read_text() == ""
