@@ -75,16 +75,16 @@ def backend_of(row: Row, quant: QuantScheme, gated: bool, device: torch.device) 
 
 def laid_out(backend: Triton, cut: Cut) -> list[int]:
     """Bytes of shared memory of each GEMM as compiled; nothing is launched."""
-    return [int(kernel.shared) for kernel in _compiled(backend, cut)]
+    return [int(kernel.metadata.shared) for kernel in compiled(backend, cut)]
 
 
 def sums_apart(backend: Triton, cut: Cut) -> list[int]:
     """Columns of tensor memory of each GEMM, likewise."""
-    return [int(kernel.tmem_size) for kernel in _compiled(backend, cut)]
+    return [int(kernel.metadata.tmem_size) for kernel in compiled(backend, cut)]
 
 
-def _compiled(backend: Triton, cut: Cut) -> list[Any]:
-    """What Triton says of both GEMMs."""
+def compiled(backend: Triton, cut: Cut) -> list[Any]:
+    """Both GEMMs as Triton compiles them."""
     spec, device = backend.spec, backend.device
     ids, weights = (t.to(device) for t in random_topk(TOKENS, spec.num_experts, 2, generator(0)))
     rows = torch.zeros(TOKENS, spec.hidden, dtype=torch.bfloat16, device=device)
@@ -93,16 +93,16 @@ def _compiled(backend: Triton, cut: Cut) -> list[Any]:
     room = "expertd.backends.triton"
     with patch(f"{room}.backend.align", _unaligned), patch(f"{room}.quantize._launch"):
         calls = backend.calls(batch, cut, memory)
-    return [_metadata(call.kernel, call.grid, call.arguments) for call in calls]
+    return [_compiled(call.kernel, call.grid, call.arguments) for call in calls]
 
 
 def _unaligned(ids: Any, first: int, held: int, heights: Any, scratch: Any) -> tuple[Blocks, ...]:
     return tuple(Blocks(ids, first, 8, scratch, scratch, scratch, scratch) for _ in heights)
 
 
-def _metadata(kernel: Any, grid: tuple[int], arguments: dict[str, Any]) -> Any:
+def _compiled(kernel: Any, grid: tuple[int], arguments: dict[str, Any]) -> Any:
     assert isinstance(kernel, triton.JITFunction)
-    return kernel.warmup(grid=grid, **arguments).metadata
+    return kernel.warmup(grid=grid, **arguments)
 
 
 def random_cut(row: Row, quant: QuantScheme, arch: str, chance: random.Random) -> Cut:

@@ -150,6 +150,8 @@ def _laid_out(form: Format, scale: Tensor | None) -> Tensor | None:
 
 def _elements(codes: Tensor, form: Format) -> Tensor:
     """Weights as the kernels load them: packed ones as words of four."""
+    # Elsewhere Triton may decode words of two rows, which differ in scale, at once.
+    assert form.packed == 1 or codes.data_ptr() % 16 == 0, "words begin at multiples of 16 bytes"
     return codes.view(torch.int16) if form.packed > 1 else _bits(codes)
 
 
