@@ -69,6 +69,7 @@ class _Joint:
 
     def __init__(self, whole: Ticket, give_up: Callable[[Ticket], None]) -> None:
         self._whole = whole
+        self._count = len(whole.pieces)
         self._give_up = give_up
         self._lock = threading.Lock()
         self._failed = False
@@ -76,30 +77,34 @@ class _Joint:
         self._output = memoryview(b"")
 
     def callback(self, piece: Ticket) -> Callable[[Future[ForwardReply]], None]:
-        return lambda future: self._done(piece, future)
+        """For the piece's future, which keeps it: what it knows must not lead back to the piece."""
+        tokens, first_row = piece.tokens, piece.first_row
+        return lambda future: self._done(tokens, first_row, future)
 
-    def _done(self, piece: Ticket, future: Future[ForwardReply]) -> None:
+    def _done(self, tokens: int, first_row: int, future: Future[ForwardReply]) -> None:
         error = future.exception()
         if error is None:
-            self._place(piece, future.result())
+            self._place(tokens, first_row, future.result())
         elif self._fails_first():
             self._whole.future.set_exception(error)
             self._give_up(self._whole)
+            self._whole.pieces = ()
 
     def _fails_first(self) -> bool:
         with self._lock:
             first, self._failed = not self._failed, True
         return first
 
-    def _place(self, piece: Ticket, reply: ForwardReply) -> None:
+    def _place(self, tokens: int, first_row: int, reply: ForwardReply) -> None:
         assert reply.output is not None
+        row_bytes = reply.output.nbytes // tokens
         if not self._replies:
-            size = reply.output.nbytes // piece.tokens * self._whole.tokens
-            self._output = np.empty(size, np.uint8).data
-        begin = reply.output.nbytes // piece.tokens * piece.first_row
+            self._output = np.empty(row_bytes * self._whole.tokens, np.uint8).data
+        begin = row_bytes * first_row
         copy_bytes(self._output[begin : begin + reply.output.nbytes], reply.output.data)
         self._replies.append(reply._replace(output=reply.output._replace(data=memoryview(b""))))
-        if len(self._replies) == len(self._whole.pieces):
+        if len(self._replies) == self._count:
+            self._whole.pieces = ()
             self._whole.future.set_result(self._reply(reply.output))
 
     def _reply(self, last: WireTensor) -> ForwardReply:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.service.engine.parts import Gate, Reports, echo, resident, running
 from tests.strategies import generator, layer_spec, random_topk, relative, torch_tensor, wire_call
+from tests.waiting import until
 
 from expertd.engine.engine import Engine
 from expertd.errors import Cancelled, DeadlineExceeded, InvalidArgument, Overloaded
@@ -94,6 +97,27 @@ def test_a_fault_in_one_piece_fails_the_call_and_names_its_row() -> None:
         (good,) = wait_for_all(engine, [call(random, 2, "logits")])
         assert good.output.shape == (2, SPEC.hidden)
     assert gate.batches == [3, 3, 2], "what still waited of the bad call was not run"
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_nothing_of_a_large_call_is_left_for_the_garbage_collector(good: bool) -> None:
+    """Its rows and its answer are what takes memory, on a card pinned memory too."""
+    random = generator(67)
+    rows = torch.randn(9, SPEC.hidden, generator=random)
+    logits = torch.full((9, SPEC.num_experts), 0.0 if good else math.nan)
+    asked = wire_call(hidden_states=rows, router_logits=logits)
+    gc.disable()
+    try:
+        with running(resident(SPEC, random), max_batch_tokens=3, start=False) as engine:
+            ticket = engine.submit(asked, "test", None)
+            kept = [weakref.ref(one.future) for one in (ticket, *ticket.pieces)]
+            assert len(kept) == 4
+            engine.start()
+            assert (ticket.future.exception(10) is None) == good
+            del ticket
+            until(lambda: {ref() for ref in kept} == {None})
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("late", [False, True])
