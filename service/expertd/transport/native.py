@@ -52,15 +52,17 @@ class ExpertsService:
         if ticket is None:
             return ready(entry, True)
 
-        waiting = [entry]  # whoever takes it out is the one to say so; a future keeps its callbacks
+        # Whoever takes it out is the one to say so: a future keeps its callbacks for ever, and gRPC
+        # keeps left() until the answer has been read.
+        waiting = [(ticket, entry)]
 
         def over(quick: bool) -> None:
             with suppress(IndexError):
-                ready(waiting.pop(), quick)
+                ready(waiting.pop()[1], quick)
 
         def left() -> None:
-            if waiting:
-                self._desk.engine.cancel(ticket)
+            for unanswered, _ in tuple(waiting):
+                self._desk.engine.cancel(unanswered)
                 over(True)
 
         ticket.future.add_done_callback(lambda future: over(_is_quick(future)))

@@ -140,6 +140,21 @@ def test_nothing_of_a_call_is_left_for_the_garbage_collector(
         gc.enable()
 
 
+def test_an_answer_that_nobody_reads_keeps_nothing_of_its_call(
+    local: Local, forward: Any, gate: Gate
+) -> None:
+    gate.opened.set()
+    rows = torch.ones(1 << 15, 8)  # more than a caller takes unasked
+    call = encode_forward_call(wire_call(model="echo", hidden_states=rows))
+    before = {id(ticket) for ticket in tickets()}
+    with grpc.insecure_channel(local.addresses.grpc) as channel:
+        unread = channel.unary_stream(FORWARD)(call, timeout=60)
+        assert gate.entered.wait(10)
+        until(lambda: {id(ticket) for ticket in tickets()} <= before)
+        assert unread.is_active()
+        unread.cancel()
+
+
 def test_no_thread_runs_on_when_the_server_has_stopped(way: None) -> None:
     before = set(threading.enumerate())
     with in_process("--identity", "echo=8") as (app, addresses):
