@@ -27,6 +27,7 @@ from expertd_wire.methods import FORWARD
 
 CALL = encode_forward_call(wire_call(model="echo", hidden_states=torch.ones(1, 8)))
 MOST = 2
+WIDE = 4096
 
 
 @pytest.fixture(params=["no thread", "a thread each"])
@@ -38,7 +39,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def local(way: None) -> Iterator[Local]:
-    with in_process("--identity", "echo=8", "--max-concurrent-calls", str(MOST)) as found:
+    layers = ("--identity", "echo=8", "--identity", f"wide={WIDE}")
+    with in_process(*layers, "--max-concurrent-calls", str(MOST)) as found:
         assert found[0].wait_ready()
         yield Local(*found)
 
@@ -140,16 +142,13 @@ def test_nothing_of_a_call_is_left_for_the_garbage_collector(
         gc.enable()
 
 
-def test_an_answer_that_nobody_reads_keeps_nothing_of_its_call(
-    local: Local, forward: Any, gate: Gate
-) -> None:
-    gate.opened.set()
-    rows = torch.ones(1 << 15, 8)  # more than a caller takes unasked
-    call = encode_forward_call(wire_call(model="echo", hidden_states=rows))
+def test_an_answer_that_nobody_reads_keeps_nothing_of_its_call(local: Local) -> None:
+    rows = torch.ones(1024, WIDE)  # more than a caller takes unasked
+    call = encode_forward_call(wire_call(model="wide", hidden_states=rows))
     before = {id(ticket) for ticket in tickets()}
     with grpc.insecure_channel(local.addresses.grpc) as channel:
         unread = channel.unary_stream(FORWARD)(call, timeout=60)
-        assert gate.entered.wait(10)
+        until(lambda: b'mode="routed",model="wide"' in local.app.metrics.render())
         until(lambda: {id(ticket) for ticket in tickets()} <= before)
         assert unread.is_active()
         unread.cancel()
