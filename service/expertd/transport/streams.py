@@ -51,7 +51,10 @@ class Stream:
         answered = self._answered()
         try:
             for entry in answered:
-                yield self._render(entry)
+                reply = self._render(entry)
+                del entry  # nothing of a call stays while there is no other
+                yield reply
+                del reply
                 self._slots.release()
         finally:
             self._leave()
@@ -68,6 +71,7 @@ class Stream:
             else:
                 sent += 1
                 yield answer
+                del answer
 
     def _read(self, requests: Iterator[bytes]) -> None:
         """Submits what arrives; at the end tells the writer how many answers there will be."""
@@ -78,6 +82,7 @@ class Stream:
                     return
                 count += 1
                 self._start(request)
+                del request
         except grpc.RpcError:
             self._leave()  # the caller broke off: grpc raises this in the iterator
         finally:
@@ -95,7 +100,8 @@ class Stream:
             self._answers.put(entry)
             return
         self._open.add(entry.ticket)
-        entry.ticket.future.add_done_callback(lambda _: self._done(entry))
+        waiting = [entry]  # a future keeps its callbacks, which must not lead back to it
+        entry.ticket.future.add_done_callback(lambda _: self._done(waiting.pop()))
         if self._gone.is_set():  # it left while its message was being read
             self._cancel(entry.ticket)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -23,7 +24,7 @@ from expertd.engine.ticket import Ticket
 from expertd.transport import workers
 from expertd_client import Client
 from expertd_wire.codec import encode_forward_call
-from expertd_wire.methods import FORWARD
+from expertd_wire.methods import FORWARD, FORWARD_STREAM
 
 CALL = encode_forward_call(wire_call(model="echo", hidden_states=torch.ones(1, 8)))
 MOST = 2
@@ -138,6 +139,22 @@ def test_nothing_of_a_call_is_left_for_the_garbage_collector(
         until(lambda: code(forward.future(CALL, timeout=20)) == "OK")
         # The executor may keep its last until it has another.
         until(lambda: len([one for one in tickets() if one not in others]) <= 1)
+    finally:
+        gc.enable()
+
+
+def test_nothing_of_a_call_is_left_in_its_stream(local: Local) -> None:
+    before, sent = {id(ticket) for ticket in tickets()}, SimpleQueue[bytes | None]()
+    gc.disable()
+    try:
+        with grpc.insecure_channel(local.addresses.grpc) as channel:
+            answers = channel.stream_stream(FORWARD_STREAM)(iter(sent.get, None), timeout=60)
+            for call in (CALL, CALL, b"no message", CALL):
+                sent.put(call)
+                assert next(answers)
+            until(lambda: {id(ticket) for ticket in tickets()} <= before)
+            sent.put(None)
+            assert list(answers) == []
     finally:
         gc.enable()
 
