@@ -87,3 +87,10 @@ def test_the_table_is_for_cards_that_were_measured() -> None:
     assert measured(here, 8) is None
     for one in table():
         assert measured(one.work, one.pairs) == one.cut
+
+
+@pytest.mark.parametrize(("tokens", "sorted_"), [(1, False), (8, True), (16, True)])
+def test_one_tokens_tiles_are_no_guide_to_a_few(tokens: int, sorted_: bool) -> None:
+    """Of another layer than those measured: 128 pairs of 128 experts are one an expert, too."""
+    cut = measured(Work("sm90", "bf16", "bf16", True, 4096, 1536, 128), tokens * 8)
+    assert cut is not None and cut.sorted is sorted_

@@ -111,14 +111,17 @@ def _format(work: Work) -> tuple[str, str, str]:
     return work.arch, work.weights, work.rows
 
 
-def _farness(one: Measured, work: Work, pairs: int) -> tuple[bool, bool, float]:
-    return one.work != work, one.work.gated != work.gated, _distance(one, work, pairs)
+def _farness(one: Measured, work: Work, pairs: int) -> tuple[bool, bool, float, float]:
+    return one.work != work, one.work.gated != work.gated, *_distance(one, work, pairs)
 
 
-def _distance(one: Measured, work: Work, pairs: int) -> float:
+def _distance(one: Measured, work: Work, pairs: int) -> tuple[float, float]:
+    """Of the pairs an expert, and of all: few and very few pairs are one an expert alike."""
+    all_pairs = abs(math.log2(pairs / one.pairs))
     if one.work == work:
-        return abs(math.log2(pairs / one.pairs))
-    return abs(math.log2(an_expert(pairs, work.held) / an_expert(one.pairs, one.work.held)))
+        return 0.0, all_pairs
+    each = an_expert(pairs, work.held) / an_expert(one.pairs, one.work.held)
+    return abs(math.log2(each)), all_pairs
 
 
 def an_expert(pairs: int, held: int) -> float:
