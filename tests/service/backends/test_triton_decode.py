@@ -95,7 +95,7 @@ PAIRS = (1, 64, 200, 100_000)
 
 @pytest.mark.parametrize("arch", ["sm80", "sm100"])
 def test_two_words_in_a_register_are_neighbours_of_a_row(arch: str) -> None:
-    neighbours(QuantScheme.MXFP4, CARDS[arch])
+    check_neighbours(QuantScheme.MXFP4, CARDS[arch])
 
 
 @pytest.mark.slow
@@ -103,10 +103,10 @@ def test_two_words_in_a_register_are_neighbours_of_a_row(arch: str) -> None:
 @pytest.mark.parametrize("quant", [QuantScheme.MXFP4, QuantScheme.NVFP4, QuantScheme.MXINT4])
 @pytest.mark.parametrize("arch", CARDS)
 def test_they_are_on_every_card(arch: str, quant: QuantScheme) -> None:
-    neighbours(quant, CARDS[arch])
+    check_neighbours(quant, CARDS[arch])
 
 
-def neighbours(quant: QuantScheme, card: Card) -> None:
+def check_neighbours(quant: QuantScheme, card: Card) -> None:
     """They share a scale: that of the first is taken."""
     backend = backend_of(next(row for row, found in CELLS if found == quant), quant, True, CPU)
     first, second = backend._native.first, backend._native.second
