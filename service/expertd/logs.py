@@ -54,6 +54,8 @@ class Aside(logging.Handler):
             self._lines.put_nowait(self.format(record))
         except Full:
             self._lost += 1
+        except Exception:
+            self.handleError(record)  # a line that cannot be made is not its caller's failure
 
     def flush(self) -> None:
         """Waits until everything is written, but not for long."""

@@ -120,8 +120,10 @@ def ways(m: int, kind: Kind) -> tuple[tuple[bool, bool], ...]:
 
 
 def shorts(m: int, kind: Kind) -> tuple[int, ...]:
+    """Not below 16 rows: those are multiplied by another instruction, which may round otherwise,
+    and chance decides which rows of an expert are in its short block."""
     if kind.packed and m >= 32:
-        return (0, m // 2, m // 4)
+        return (0, *(part for part in (m // 2, m // 4) if part >= 16))
     return (0, 64) if m == 128 else (0,)
 
 

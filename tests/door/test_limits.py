@@ -20,7 +20,7 @@ from tests.waiting import until
 
 from expertd.config import SETTINGS, Settings, add_flags, resolve
 from expertd_wire.codec import encode_forward_call
-from expertd_wire.methods import MESSAGE_SLACK_BYTES
+from expertd_wire.methods import FORWARD, MESSAGE_SLACK_BYTES
 from expertd_wire.tensors import MAX_ELEMENTS, MAX_RANK
 
 DEFAULTS = {
@@ -61,6 +61,32 @@ def local() -> Iterator[Local]:
     with in_process(*FLAGS) as (app, addresses):
         assert app.wait_ready()
         yield Local(app, addresses)
+
+
+def test_answers_that_nobody_reads_count_as_ingress() -> None:
+    most = 20 << 20
+    limits = ("--max-message-bytes", str(most), "--max-concurrent-calls", "2")
+    rows = torch.ones(1 << 16, 64)  # 16 MiB: more than gRPC takes for a caller that does not read
+    call = encode_forward_call(wire_call(model="echo", hidden_states=rows))
+    with (
+        in_process("--identity", "echo=64", *limits, "--ingress-bytes", str(2 * most)) as served,
+        grpc.insecure_channel(served[1].grpc, [("grpc.max_receive_message_length", -1)]) as channel,
+    ):
+        app = served[0]
+        assert app.wait_ready()
+        ask = channel.unary_stream(FORWARD)
+        unread = []
+        for held in (16 << 20, 32 << 20):
+            unread.append(ask(call, timeout=60))
+            until(lambda held=held: app._ingress.taken > held)
+        refused = ask(call, timeout=60).exception()
+        assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "--ingress-bytes" in refused.details()
+        unread.pop().cancel()
+        until(lambda: app._ingress.taken < 32 << 20)
+        assert len(next(ask(call, timeout=60))) > 16 << 20
+        unread.pop().cancel()
+        until(lambda: app._ingress.taken == 0)
 
 
 TOO_MUCH: dict[str, tuple[dict[str, Any], str]] = {

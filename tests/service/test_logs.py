@@ -98,3 +98,11 @@ def test_without_a_stderr_nothing_else_is_written_to(tmp_path: Path) -> None:
     command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", code, str(other)]
     assert subprocess.run(command).returncode == 0
     assert other.read_text() == ""
+
+
+def test_a_line_that_cannot_be_made_fails_nobody(
+    pipe: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = Aside(pipe[1])
+    handler.handle(logging.LogRecord("x", logging.INFO, __file__, 1, "%d rows", ("many",), None))
+    assert "%d rows" in capsys.readouterr().err

@@ -8,7 +8,10 @@ from expertd.errors import Overloaded, TooLarge
 
 
 class Ingress:
-    """Bytes taken before a message is kept and given back when it is answered; for any thread."""
+    """Bytes taken before a message is kept and given back when it is answered; for any thread.
+
+    Also those of large answers, until they are read.
+    """
 
     def __init__(self, max_message_bytes: int, max_bytes: int) -> None:
         self.max_message_bytes = max_message_bytes

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
@@ -31,7 +32,7 @@ M = TypeVar("M", bound=Message)
 Question = Callable[[], Message]
 
 QUICK_BYTES = 1 << 18
-"""Replies up to this size are sent by the thread that computed them."""
+"""Replies up to this size are sent by the thread that computed them, and not counted."""
 
 
 class ExpertsService:
@@ -73,7 +74,16 @@ class ExpertsService:
         """The reply to a call that begin_forward() submitted; raises what became of it."""
         with self._desk.recorded(entry.record) as record:
             reply = note_plan(record, _outcome(entry))
-            return self._desk.timed(record, "encode", encode_forward_reply, reply)
+            data = self._desk.timed(record, "encode", encode_forward_reply, reply)
+            self._count(len(data), context)
+            return data
+
+    def _count(self, size: int, context: grpc.ServicerContext) -> None:
+        """A large answer is this process's until its caller has read it; raises Overloaded."""
+        if size > QUICK_BYTES:
+            self._ingress.take(size)
+            if not context.add_callback(partial(self._ingress.give, size)):
+                self._ingress.give(size)  # the caller has left
 
     def forward_stream(
         self, requests: Iterator[bytes], context: grpc.ServicerContext

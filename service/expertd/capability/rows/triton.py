@@ -35,6 +35,9 @@ def _fp8(quant: QuantScheme, activation_quant: str, formats: tuple[str, ...] = (
     )
 
 
+# A block of 32 (two of 16) shares a scale along K: both K sizes are whole blocks.
+_GROUPS = Limits(hidden_multiple=32, intermediate_multiple=32)
+
 _WEIGHT_ONLY = replace(
     _BF16,
     quants=(
@@ -46,15 +49,14 @@ _WEIGHT_ONLY = replace(
         QuantScheme.NVFP4,
         QuantScheme.MXINT4,
     ),
-    # A block of 32 (two of 16) shares a scale along K: both K sizes are whole blocks.
-    limits=Limits(hidden_multiple=32, intermediate_multiple=32),
+    limits=_GROUPS,
 )
 
 ROWS = (
     _fp8(QuantScheme.FP8_TENSOR, "fp8_tensor"),
     _fp8(QuantScheme.FP8_CHANNEL, "fp8_token"),
     _fp8(QuantScheme.FP8_BLOCK128, "fp8_group128", ("fp8_group128",)),
-    _fp8(QuantScheme.MXFP8, "mxfp8", ("mxfp8",)),
+    replace(_fp8(QuantScheme.MXFP8, "mxfp8", ("mxfp8",)), limits=_GROUPS),
     _BF16,
     _WEIGHT_ONLY,
 )
