@@ -63,7 +63,10 @@ class Replica:
     def holder(self, offer: Offer, speed: float) -> Holder:
         """Its range of a layer, with its present load."""
         waiting = self.pace.rows + self.queued_by_others
-        return Holder(self.target, *offer.range, speed, waiting, offer.layer.generation)
+        told = offer.layer
+        return Holder(
+            self.target, *offer.range, speed, waiting, told.generation, told.weights_digest
+        )
 
     def failed(self, error: ExpertdError, now: float) -> None:
         """Leaves it alone for a while, and asks it what has become of it."""

@@ -26,7 +26,7 @@ BLOCK_BYTES = 1 << 20
 class Holder:
     """A replica as a plan sees it: experts [begin, end), rows a second, rows that wait there.
 
-    generation is which load of the layer said so.
+    generation is which load of the layer said so, digest of which weights.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Holder:
     speed: float = 1.0
     queued: float = 0.0
     generation: int = 0
+    digest: str = ""
 
     @property
     def start(self) -> float:

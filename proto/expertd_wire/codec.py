@@ -247,6 +247,7 @@ _REPLY_ROWS: Rows = (
     (8, "request_id", TEXT),
     (9, "status", MESSAGE),
     (10, "generation", INT32),
+    (11, "weights_digest", TEXT),
 )
 
 

@@ -50,3 +50,4 @@ class ForwardReply(NamedTuple):
     request_id: str = ""
     status: bytes = b""
     generation: int = 0
+    weights_digest: str = ""

@@ -66,6 +66,11 @@ class FakeServer:
         """Rows of all calls that came here."""
         return sum(call.hidden_states.shape[0] for call in self.calls if call.hidden_states)
 
+    @property
+    def weights(self) -> str:
+        """The digest that it tells."""
+        return self.digest or f"{self.begin}-{self.end}"
+
     def info(self) -> pb.LayerInfo:
         routing = pb.RoutingInfo(
             method=ROUTER.method, renormalize=True, routed_scaling_factor=1.0, group_score="top2"
@@ -80,7 +85,7 @@ class FakeServer:
             expert_end=self.end,
             top_k=TOP_K,
             routing=routing,
-            weights_digest=self.digest or f"{self.begin}-{self.end}",
+            weights_digest=self.weights,
             checkpoint_digest=self.checkpoint,
             generation=self.generation,
             queued_tokens=self.queued,
@@ -93,8 +98,9 @@ class FakeServer:
         if self.script is not None:
             await self.script(call)
         self.finished += 1
-        output, generation = from_numpy(self.computed(call)), self.generation
-        return encode_forward_reply(ForwardReply(output, "fake", generation=generation))
+        output = from_numpy(self.computed(call))
+        loaded = {"generation": self.generation, "weights_digest": self.weights}
+        return encode_forward_reply(ForwardReply(output, "fake", **loaded))
 
     def computed(self, call: ForwardCall) -> Any:
         assert call.hidden_states is not None

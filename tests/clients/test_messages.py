@@ -84,15 +84,29 @@ def test_the_times_are_those_of_all_messages(client: Any) -> None:
     assert reply.backend == "identity"
 
 
-@pytest.mark.parametrize("generations", [[1, 1, 2], [1, 2, 1, 2], range(1, 1 << 30)])
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"generation": [1, 1, 2]},
+        {"generation": [1, 2, 1, 2]},
+        {"generation": range(1, 1 << 30)},
+        {"generation": [1] * 5, "weights_digest": ["old", "old", "old", "new", "new"]},
+    ],
+    ids=["loaded again", "servers in turn", "loaded all the time", "a rolling update"],
+)
 def test_weights_that_change_meanwhile_are_not_mixed(
-    client: Any, server: Server, generations: Any
+    client: Any, server: Server, told: dict[str, Any]
 ) -> None:
-    """Loaded again, and behind a proxy that asks servers in turn, and loaded all the time."""
     rows, _ = rows_and_routing()
-    changed(server, generation=generations)
+    changed(server, **told)
     np.testing.assert_array_equal(client.forward("demo", 0, rows, timeout=None), rows)
     assert [len(to_numpy(call.hidden_states)) for call in server.calls] == [76, 77, 77, 77, TOKENS]
+
+
+def test_the_same_weights_of_several_servers_are_one(client: Any, server: Server) -> None:
+    changed(server, generation=[1, 2, 1, 2], weights_digest=["same"] * 4)
+    client.forward("demo", 0, rows_and_routing()[0])
+    assert len(server.calls) == 4
 
 
 def test_the_messages_share_the_deadline_of_their_call(client: Any, server: Server) -> None:

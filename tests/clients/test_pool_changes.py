@@ -173,14 +173,16 @@ def test_an_answer_from_before_is_not_believed(impatient: None) -> None:
         until(lambda: [info.weights_digest for info in pool.layers(MODEL)] == ["new"])
 
 
-def test_a_layer_that_was_loaded_again_in_silence_is_noticed(impatient: None) -> None:
-    """Its health never changed, but the reply says which load it is of."""
+@pytest.mark.parametrize("generation", [2, 1], ids=["loaded again", "another process"])
+def test_weights_that_changed_in_silence_are_noticed(impatient: None, generation: int) -> None:
+    """Its health never changed, but the reply says of which load and which weights it is."""
     fleet = whole(2)
     for server in fleet:
         server.digest = "old"
     with pool_over(fleet) as pool:
         ask(pool)
-        fleet[0].digest, fleet[0].table, fleet[0].generation = "new", other_weights(), 2
+        fleet[0].digest, fleet[0].table = "new", other_weights()
+        fleet[0].generation = generation
         assert_right(ask(pool).output, ROWS, LOGITS)
 
 

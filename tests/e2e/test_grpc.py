@@ -48,6 +48,12 @@ def test_the_generated_stub_gets_the_answer(channel: grpc.Channel) -> None:
     reply = stub.Forward(request, timeout=30)
     assert (reply.backend, reply.mode, reply.entry) == ("grouped", "routed", "grouped")
     assert reply.request_id == "r7" and not reply.HasField("status")
+    layer = stub.GetLayer(pb.GetLayerRequest(model="demo"))
+    assert (reply.weights_digest, reply.generation) == (layer.weights_digest, layer.generation)
+    empty = pb.ForwardRequest(
+        model="demo", hidden_states=tensor(rows[:0]), router_logits=tensor(logits[:0])
+    )
+    assert stub.Forward(empty, timeout=30).weights_digest == reply.weights_digest != ""
     assert min(reply.queued_ns, reply.staged_ns, reply.computed_ns) > 0
     for ids in (best.astype(np.int32), best.astype(np.int64)):
         request = pb.ForwardRequest(

@@ -60,6 +60,7 @@ REPLIES = st.builds(
     request_id=TEXT,
     status=st.just(b""),
     generation=INT32,
+    weights_digest=TEXT,
 )
 
 

@@ -196,8 +196,11 @@ def read_reply(data: bytes, part: Part, hidden: int, dtype: np.dtype[Any]) -> Fo
             f"a replica answered {reply.output.dtype} {list(reply.output.shape)}; "
             f"{expected[0]} {list(expected[1])} was asked for"
         )
-    if reply.generation and reply.generation != part.holder.generation:
-        raise Unavailable(f"{part.holder.name} has loaded the layer again since it was asked")
+    holder = part.holder
+    if reply.generation and reply.generation != holder.generation:
+        raise Unavailable(f"{holder.name} has loaded the layer again since it was asked")
+    if reply.weights_digest and reply.weights_digest != holder.digest:
+        raise Unavailable(f"{holder.name} answered from other weights than it said it has")
     return reply
 
 

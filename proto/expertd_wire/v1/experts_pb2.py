@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertd_wire/v1/experts.proto\x12\x0f\x65xpertd_wire.v1\x1a\x17google/rpc/status.proto\"4\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x99\x03\n\x0e\x46orwardRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12.\n\rhidden_states\x18\x03 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12.\n\rrouter_logits\x18\x04 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12)\n\x08topk_ids\x18\x05 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12-\n\x0ctopk_weights\x18\x06 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12\x1c\n\x14hidden_states_format\x18\x07 \x01(\t\x12\x34\n\x13hidden_states_scale\x18\x08 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12\x0f\n\x07partial\x18\t \x01(\x08\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x13\n\x0breply_dtype\x18\x0b \x01(\t\x12\x12\n\nrequest_id\x18\x0c \x01(\t\x12\x10\n\x08priority\x18\r \x01(\x05\"\xec\x01\n\x0c\x46orwardReply\x12\'\n\x06output\x18\x01 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\r\n\x05\x65ntry\x18\x04 \x01(\t\x12\x11\n\tqueued_ns\x18\x05 \x01(\x03\x12\x11\n\tstaged_ns\x18\x06 \x01(\x03\x12\x13\n\x0b\x63omputed_ns\x18\x07 \x01(\x03\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\"\n\x06status\x18\t \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\ngeneration\x18\n \x01(\x05\"\"\n\x11ListLayersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"=\n\x0fListLayersReply\x12*\n\x06layers\x18\x01 \x03(\x0b\x32\x1a.expertd_wire.v1.LayerInfo\"/\n\x0fGetLayerRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\"\xa5\x02\n\x0bRoutingInfo\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07scoring\x18\x02 \x01(\t\x12\x13\n\x0brenormalize\x18\x03 \x01(\x08\x12\x0f\n\x07n_group\x18\x04 \x01(\x05\x12\x12\n\ntopk_group\x18\x05 \x01(\x05\x12\x1d\n\x15routed_scaling_factor\x18\x06 \x01(\x01\x12\x12\n\nscale_site\x18\x07 \x01(\t\x12\x13\n\x0bweight_site\x18\x08 \x01(\t\x12\x10\n\x03\x65ps\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x0f\x63orrection_bias\x18\n \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12\x12\n\ngroup_fill\x18\x0b \x01(\t\x12\x13\n\x0bgroup_score\x18\x0c \x01(\tB\x06\n\x04_eps\"v\n\x0e\x41\x63tivationInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04\x62\x65ta\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05limit\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_alphaB\x07\n\x05_betaB\x08\n\x06_limit\"\xbf\x01\n\x08PlanInfo\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\r\n\x05\x65ntry\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x41\n\x0cmicroseconds\x18\x05 \x03(\x0b\x32+.expertd_wire.v1.PlanInfo.MicrosecondsEntry\x1a\x33\n\x11MicrosecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xcc\x03\n\tLayerInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06hidden\x18\x04 \x01(\x05\x12\x14\n\x0cintermediate\x18\x05 \x01(\x05\x12\x13\n\x0bnum_experts\x18\x06 \x01(\x05\x12\x14\n\x0c\x65xpert_begin\x18\x07 \x01(\x05\x12\x12\n\nexpert_end\x18\x08 \x01(\x05\x12\r\n\x05top_k\x18\t \x01(\x05\x12-\n\x07routing\x18\n \x01(\x0b\x32\x1c.expertd_wire.v1.RoutingInfo\x12\x33\n\nactivation\x18\x0b \x01(\x0b\x32\x1f.expertd_wire.v1.ActivationInfo\x12\r\n\x05quant\x18\x0c \x01(\t\x12\x16\n\x0eweights_digest\x18\r \x01(\t\x12\x12\n\ngeneration\x18\x0e \x01(\x05\x12\x15\n\rqueued_tokens\x18\x0f \x01(\x05\x12(\n\x05plans\x18\x10 \x03(\x0b\x32\x19.expertd_wire.v1.PlanInfo\x12\x0e\n\x06\x64\x65tail\x18\x11 \x01(\t\x12\x13\n\x0b\x65xpert_rows\x18\x12 \x03(\x03\x12\x19\n\x11\x63heckpoint_digest\x18\x13 \x01(\t\"\x18\n\x16GetCapabilitiesRequest\"y\n\x04\x43\x65ll\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\r\n\x05\x65ntry\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x18\n\x10\x61\x63tivation_quant\x18\x04 \x01(\t\x12\r\n\x05quant\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0b\n\x03why\x18\x07 \x01(\t\"o\n\x14GetCapabilitiesReply\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nflashinfer\x18\x02 \x01(\t\x12$\n\x05\x63\x65lls\x18\x03 \x03(\x0b\x32\x15.expertd_wire.v1.Cell\x12\r\n\x05\x64rift\x18\x04 \x03(\t\"2\n\x11LoadLayersRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\x05\"4\n\x13UnloadLayersRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\x05\"\x0e\n\x0c\x44rainRequest\"J\n\x0bLayerStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"@\n\x10LayerStatesReply\x12,\n\x06layers\x18\x01 \x03(\x0b\x32\x1c.expertd_wire.v1.LayerStatus2\xaa\x03\n\x07\x45xperts\x12I\n\x07\x46orward\x12\x1f.expertd_wire.v1.ForwardRequest\x1a\x1d.expertd_wire.v1.ForwardReply\x12S\n\rForwardStream\x12\x1f.expertd_wire.v1.ForwardRequest\x1a\x1d.expertd_wire.v1.ForwardReply(\x01\x30\x01\x12R\n\nListLayers\x12\".expertd_wire.v1.ListLayersRequest\x1a .expertd_wire.v1.ListLayersReply\x12H\n\x08GetLayer\x12 .expertd_wire.v1.GetLayerRequest\x1a\x1a.expertd_wire.v1.LayerInfo\x12\x61\n\x0fGetCapabilities\x12\'.expertd_wire.v1.GetCapabilitiesRequest\x1a%.expertd_wire.v1.GetCapabilitiesReply2\x80\x02\n\x05\x41\x64min\x12S\n\nLoadLayers\x12\".expertd_wire.v1.LoadLayersRequest\x1a!.expertd_wire.v1.LayerStatesReply\x12W\n\x0cUnloadLayers\x12$.expertd_wire.v1.UnloadLayersRequest\x1a!.expertd_wire.v1.LayerStatesReply\x12I\n\x05\x44rain\x12\x1d.expertd_wire.v1.DrainRequest\x1a!.expertd_wire.v1.LayerStatesReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x65xpertd_wire/v1/experts.proto\x12\x0f\x65xpertd_wire.v1\x1a\x17google/rpc/status.proto\"4\n\x06Tensor\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x99\x03\n\x0e\x46orwardRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12.\n\rhidden_states\x18\x03 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12.\n\rrouter_logits\x18\x04 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12)\n\x08topk_ids\x18\x05 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12-\n\x0ctopk_weights\x18\x06 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12\x1c\n\x14hidden_states_format\x18\x07 \x01(\t\x12\x34\n\x13hidden_states_scale\x18\x08 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12\x0f\n\x07partial\x18\t \x01(\x08\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x13\n\x0breply_dtype\x18\x0b \x01(\t\x12\x12\n\nrequest_id\x18\x0c \x01(\t\x12\x10\n\x08priority\x18\r \x01(\x05\"\x84\x02\n\x0c\x46orwardReply\x12\'\n\x06output\x18\x01 \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12\x0f\n\x07\x62\x61\x63kend\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\r\n\x05\x65ntry\x18\x04 \x01(\t\x12\x11\n\tqueued_ns\x18\x05 \x01(\x03\x12\x11\n\tstaged_ns\x18\x06 \x01(\x03\x12\x13\n\x0b\x63omputed_ns\x18\x07 \x01(\x03\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\"\n\x06status\x18\t \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\ngeneration\x18\n \x01(\x05\x12\x16\n\x0eweights_digest\x18\x0b \x01(\t\"\"\n\x11ListLayersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"=\n\x0fListLayersReply\x12*\n\x06layers\x18\x01 \x03(\x0b\x32\x1a.expertd_wire.v1.LayerInfo\"/\n\x0fGetLayerRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\"\xa5\x02\n\x0bRoutingInfo\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0f\n\x07scoring\x18\x02 \x01(\t\x12\x13\n\x0brenormalize\x18\x03 \x01(\x08\x12\x0f\n\x07n_group\x18\x04 \x01(\x05\x12\x12\n\ntopk_group\x18\x05 \x01(\x05\x12\x1d\n\x15routed_scaling_factor\x18\x06 \x01(\x01\x12\x12\n\nscale_site\x18\x07 \x01(\t\x12\x13\n\x0bweight_site\x18\x08 \x01(\t\x12\x10\n\x03\x65ps\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x0f\x63orrection_bias\x18\n \x01(\x0b\x32\x17.expertd_wire.v1.Tensor\x12\x12\n\ngroup_fill\x18\x0b \x01(\t\x12\x13\n\x0bgroup_score\x18\x0c \x01(\tB\x06\n\x04_eps\"v\n\x0e\x41\x63tivationInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05\x61lpha\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04\x62\x65ta\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05limit\x18\x04 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_alphaB\x07\n\x05_betaB\x08\n\x06_limit\"\xbf\x01\n\x08PlanInfo\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\r\n\x05\x65ntry\x18\x03 \x01(\t\x12\r\n\x05state\x18\x04 \x01(\t\x12\x41\n\x0cmicroseconds\x18\x05 \x03(\x0b\x32+.expertd_wire.v1.PlanInfo.MicrosecondsEntry\x1a\x33\n\x11MicrosecondsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xcc\x03\n\tLayerInfo\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06hidden\x18\x04 \x01(\x05\x12\x14\n\x0cintermediate\x18\x05 \x01(\x05\x12\x13\n\x0bnum_experts\x18\x06 \x01(\x05\x12\x14\n\x0c\x65xpert_begin\x18\x07 \x01(\x05\x12\x12\n\nexpert_end\x18\x08 \x01(\x05\x12\r\n\x05top_k\x18\t \x01(\x05\x12-\n\x07routing\x18\n \x01(\x0b\x32\x1c.expertd_wire.v1.RoutingInfo\x12\x33\n\nactivation\x18\x0b \x01(\x0b\x32\x1f.expertd_wire.v1.ActivationInfo\x12\r\n\x05quant\x18\x0c \x01(\t\x12\x16\n\x0eweights_digest\x18\r \x01(\t\x12\x12\n\ngeneration\x18\x0e \x01(\x05\x12\x15\n\rqueued_tokens\x18\x0f \x01(\x05\x12(\n\x05plans\x18\x10 \x03(\x0b\x32\x19.expertd_wire.v1.PlanInfo\x12\x0e\n\x06\x64\x65tail\x18\x11 \x01(\t\x12\x13\n\x0b\x65xpert_rows\x18\x12 \x03(\x03\x12\x19\n\x11\x63heckpoint_digest\x18\x13 \x01(\t\"\x18\n\x16GetCapabilitiesRequest\"y\n\x04\x43\x65ll\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\r\n\x05\x65ntry\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\x12\x18\n\x10\x61\x63tivation_quant\x18\x04 \x01(\t\x12\r\n\x05quant\x18\x05 \x01(\t\x12\r\n\x05state\x18\x06 \x01(\t\x12\x0b\n\x03why\x18\x07 \x01(\t\"o\n\x14GetCapabilitiesReply\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x12\n\nflashinfer\x18\x02 \x01(\t\x12$\n\x05\x63\x65lls\x18\x03 \x03(\x0b\x32\x15.expertd_wire.v1.Cell\x12\r\n\x05\x64rift\x18\x04 \x03(\t\"2\n\x11LoadLayersRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\x05\"4\n\x13UnloadLayersRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06layers\x18\x02 \x03(\x05\"\x0e\n\x0c\x44rainRequest\"J\n\x0bLayerStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\x05\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"@\n\x10LayerStatesReply\x12,\n\x06layers\x18\x01 \x03(\x0b\x32\x1c.expertd_wire.v1.LayerStatus2\xaa\x03\n\x07\x45xperts\x12I\n\x07\x46orward\x12\x1f.expertd_wire.v1.ForwardRequest\x1a\x1d.expertd_wire.v1.ForwardReply\x12S\n\rForwardStream\x12\x1f.expertd_wire.v1.ForwardRequest\x1a\x1d.expertd_wire.v1.ForwardReply(\x01\x30\x01\x12R\n\nListLayers\x12\".expertd_wire.v1.ListLayersRequest\x1a .expertd_wire.v1.ListLayersReply\x12H\n\x08GetLayer\x12 .expertd_wire.v1.GetLayerRequest\x1a\x1a.expertd_wire.v1.LayerInfo\x12\x61\n\x0fGetCapabilities\x12\'.expertd_wire.v1.GetCapabilitiesRequest\x1a%.expertd_wire.v1.GetCapabilitiesReply2\x80\x02\n\x05\x41\x64min\x12S\n\nLoadLayers\x12\".expertd_wire.v1.LoadLayersRequest\x1a!.expertd_wire.v1.LayerStatesReply\x12W\n\x0cUnloadLayers\x12$.expertd_wire.v1.UnloadLayersRequest\x1a!.expertd_wire.v1.LayerStatesReply\x12I\n\x05\x44rain\x12\x1d.expertd_wire.v1.DrainRequest\x1a!.expertd_wire.v1.LayerStatesReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,41 +39,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FORWARDREQUEST']._serialized_start=130
   _globals['_FORWARDREQUEST']._serialized_end=539
   _globals['_FORWARDREPLY']._serialized_start=542
-  _globals['_FORWARDREPLY']._serialized_end=778
-  _globals['_LISTLAYERSREQUEST']._serialized_start=780
-  _globals['_LISTLAYERSREQUEST']._serialized_end=814
-  _globals['_LISTLAYERSREPLY']._serialized_start=816
-  _globals['_LISTLAYERSREPLY']._serialized_end=877
-  _globals['_GETLAYERREQUEST']._serialized_start=879
-  _globals['_GETLAYERREQUEST']._serialized_end=926
-  _globals['_ROUTINGINFO']._serialized_start=929
-  _globals['_ROUTINGINFO']._serialized_end=1222
-  _globals['_ACTIVATIONINFO']._serialized_start=1224
-  _globals['_ACTIVATIONINFO']._serialized_end=1342
-  _globals['_PLANINFO']._serialized_start=1345
-  _globals['_PLANINFO']._serialized_end=1536
-  _globals['_PLANINFO_MICROSECONDSENTRY']._serialized_start=1485
-  _globals['_PLANINFO_MICROSECONDSENTRY']._serialized_end=1536
-  _globals['_LAYERINFO']._serialized_start=1539
-  _globals['_LAYERINFO']._serialized_end=1999
-  _globals['_GETCAPABILITIESREQUEST']._serialized_start=2001
-  _globals['_GETCAPABILITIESREQUEST']._serialized_end=2025
-  _globals['_CELL']._serialized_start=2027
-  _globals['_CELL']._serialized_end=2148
-  _globals['_GETCAPABILITIESREPLY']._serialized_start=2150
-  _globals['_GETCAPABILITIESREPLY']._serialized_end=2261
-  _globals['_LOADLAYERSREQUEST']._serialized_start=2263
-  _globals['_LOADLAYERSREQUEST']._serialized_end=2313
-  _globals['_UNLOADLAYERSREQUEST']._serialized_start=2315
-  _globals['_UNLOADLAYERSREQUEST']._serialized_end=2367
-  _globals['_DRAINREQUEST']._serialized_start=2369
-  _globals['_DRAINREQUEST']._serialized_end=2383
-  _globals['_LAYERSTATUS']._serialized_start=2385
-  _globals['_LAYERSTATUS']._serialized_end=2459
-  _globals['_LAYERSTATESREPLY']._serialized_start=2461
-  _globals['_LAYERSTATESREPLY']._serialized_end=2525
-  _globals['_EXPERTS']._serialized_start=2528
-  _globals['_EXPERTS']._serialized_end=2954
-  _globals['_ADMIN']._serialized_start=2957
-  _globals['_ADMIN']._serialized_end=3213
+  _globals['_FORWARDREPLY']._serialized_end=802
+  _globals['_LISTLAYERSREQUEST']._serialized_start=804
+  _globals['_LISTLAYERSREQUEST']._serialized_end=838
+  _globals['_LISTLAYERSREPLY']._serialized_start=840
+  _globals['_LISTLAYERSREPLY']._serialized_end=901
+  _globals['_GETLAYERREQUEST']._serialized_start=903
+  _globals['_GETLAYERREQUEST']._serialized_end=950
+  _globals['_ROUTINGINFO']._serialized_start=953
+  _globals['_ROUTINGINFO']._serialized_end=1246
+  _globals['_ACTIVATIONINFO']._serialized_start=1248
+  _globals['_ACTIVATIONINFO']._serialized_end=1366
+  _globals['_PLANINFO']._serialized_start=1369
+  _globals['_PLANINFO']._serialized_end=1560
+  _globals['_PLANINFO_MICROSECONDSENTRY']._serialized_start=1509
+  _globals['_PLANINFO_MICROSECONDSENTRY']._serialized_end=1560
+  _globals['_LAYERINFO']._serialized_start=1563
+  _globals['_LAYERINFO']._serialized_end=2023
+  _globals['_GETCAPABILITIESREQUEST']._serialized_start=2025
+  _globals['_GETCAPABILITIESREQUEST']._serialized_end=2049
+  _globals['_CELL']._serialized_start=2051
+  _globals['_CELL']._serialized_end=2172
+  _globals['_GETCAPABILITIESREPLY']._serialized_start=2174
+  _globals['_GETCAPABILITIESREPLY']._serialized_end=2285
+  _globals['_LOADLAYERSREQUEST']._serialized_start=2287
+  _globals['_LOADLAYERSREQUEST']._serialized_end=2337
+  _globals['_UNLOADLAYERSREQUEST']._serialized_start=2339
+  _globals['_UNLOADLAYERSREQUEST']._serialized_end=2391
+  _globals['_DRAINREQUEST']._serialized_start=2393
+  _globals['_DRAINREQUEST']._serialized_end=2407
+  _globals['_LAYERSTATUS']._serialized_start=2409
+  _globals['_LAYERSTATUS']._serialized_end=2483
+  _globals['_LAYERSTATESREPLY']._serialized_start=2485
+  _globals['_LAYERSTATESREPLY']._serialized_end=2549
+  _globals['_EXPERTS']._serialized_start=2552
+  _globals['_EXPERTS']._serialized_end=2978
+  _globals['_ADMIN']._serialized_start=2981
+  _globals['_ADMIN']._serialized_end=3237
 # @@protoc_insertion_point(module_scope)

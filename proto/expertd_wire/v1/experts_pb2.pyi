@@ -47,7 +47,7 @@ class ForwardRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., layer: _Optional[int] = ..., hidden_states: _Optional[_Union[Tensor, _Mapping]] = ..., router_logits: _Optional[_Union[Tensor, _Mapping]] = ..., topk_ids: _Optional[_Union[Tensor, _Mapping]] = ..., topk_weights: _Optional[_Union[Tensor, _Mapping]] = ..., hidden_states_format: _Optional[str] = ..., hidden_states_scale: _Optional[_Union[Tensor, _Mapping]] = ..., partial: bool = ..., backend: _Optional[str] = ..., reply_dtype: _Optional[str] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("output", "backend", "mode", "entry", "queued_ns", "staged_ns", "computed_ns", "request_id", "status", "generation")
+    __slots__ = ("output", "backend", "mode", "entry", "queued_ns", "staged_ns", "computed_ns", "request_id", "status", "generation", "weights_digest")
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,7 @@ class ForwardReply(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     output: Tensor
     backend: str
     mode: str
@@ -68,7 +69,8 @@ class ForwardReply(_message.Message):
     request_id: str
     status: _status_pb2.Status
     generation: int
-    def __init__(self, output: _Optional[_Union[Tensor, _Mapping]] = ..., backend: _Optional[str] = ..., mode: _Optional[str] = ..., entry: _Optional[str] = ..., queued_ns: _Optional[int] = ..., staged_ns: _Optional[int] = ..., computed_ns: _Optional[int] = ..., request_id: _Optional[str] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., generation: _Optional[int] = ...) -> None: ...
+    weights_digest: str
+    def __init__(self, output: _Optional[_Union[Tensor, _Mapping]] = ..., backend: _Optional[str] = ..., mode: _Optional[str] = ..., entry: _Optional[str] = ..., queued_ns: _Optional[int] = ..., staged_ns: _Optional[int] = ..., computed_ns: _Optional[int] = ..., request_id: _Optional[str] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., generation: _Optional[int] = ..., weights_digest: _Optional[str] = ...) -> None: ...
 
 class ListLayersRequest(_message.Message):
     __slots__ = ("model",)

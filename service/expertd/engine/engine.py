@@ -126,4 +126,5 @@ def _empty_reply(ticket: Ticket, row: Row) -> ForwardReply:
         waited,
         request_id=request_id,
         generation=ticket.resident.generation,
+        weights_digest=ticket.resident.digest,
     )

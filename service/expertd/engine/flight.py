@@ -76,6 +76,7 @@ class Flight:
                 computed_ns,
                 request_id,
                 generation=ticket.resident.generation,
+                weights_digest=ticket.resident.digest,
             )
             fault = None if codes is None else _first_fault(ticket, codes[begin:end])
             answers.append(fault or reply)
