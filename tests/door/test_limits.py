@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import grpc
 import httpx
 import pytest
 import torch
+from safetensors.torch import save
 from tests.door.probing import connect
 from tests.e2e.asking import PROTOCOLS, raw_grpc
 from tests.e2e.local import Local
@@ -86,6 +88,25 @@ def test_answers_that_nobody_reads_count_as_ingress() -> None:
         until(lambda: app._ingress.taken < 32 << 20)
         assert len(next(ask(call, timeout=60))) > 16 << 20
         unread.pop().cancel()
+        until(lambda: app._ingress.taken == 0)
+
+
+def test_http_answers_that_nobody_reads_count_as_well() -> None:
+    most = 20 << 20
+    limits = ("--max-message-bytes", str(most), "--max-concurrent-calls", "2")
+    body = save({"hidden_states": torch.ones(1 << 16, 64)})  # 16 MiB: more than sockets hold
+    asked = "POST /v1/forward?model=echo&layer=0 HTTP/1.1\r\nHost: localhost\r\n"
+    head = f"{asked}Content-Length: {len(body)}\r\n\r\n".encode()
+    with in_process("--identity", "echo=64", *limits, "--ingress-bytes", str(2 * most)) as served:
+        app, (http, _) = served
+        assert app.wait_ready()
+        with socket.socket() as caller:
+            caller.settimeout(20)
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            caller.connect((http.split(":")[0], int(http.split(":")[1])))
+            caller.sendall(head + body)
+            assert caller.recv(13) == b"HTTP/1.1 200 "
+            assert app._ingress.taken > 16 << 20
         until(lambda: app._ingress.taken == 0)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from expertd.engine.ticket import Ticket
 from expertd.errors import (
@@ -102,7 +103,32 @@ def add_forward(app: FastAPI, desk: Desk, ingress: Ingress) -> None:
                 ticket = desk.submit(record, call, deadline, http_caller(request))
                 reply = note_plan(record, await _answer(desk, request, ticket))
             content = desk.timed(record, "encode", _encode, reply)
-        return Response(content, media_type="application/octet-stream")
+            ingress.take(len(content))
+        return Answer(content, ingress)
+
+
+class Answer(Response):
+    """A reply whose bytes, taken from the account, are given back when its caller has read them."""
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, content: bytes, ingress: Ingress) -> None:
+        super().__init__(content)
+        self._ingress = ingress
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
+            await send({"type": "http.response.body", "body": self.body, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})  # waits for what was written
+        finally:
+            self._ingress.give(len(self.body))
 
 
 def _tensors(body: bytes) -> dict[str, WireTensor]:
