@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Protocol
 
 import torch
 
 Run = Callable[[], None]
+
+capturing = threading.Lock()
+"""Held while a graph is captured. Whoever waits for the whole device takes it too: to do that
+meanwhile is an error for both, on whatever thread, and torch's allocator gives nothing back then.
+"""
 
 
 class Capture(Protocol):
@@ -25,7 +32,7 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _stream(device)
         # Kept by itself: a pool goes with the last graph that uses it, and does not come back.
         self._pool = torch.cuda.MemPool()
 
@@ -34,14 +41,31 @@ class CudaCapture:
         with torch.cuda.device(self._device), torch.inference_mode():
             warm()
             torch.cuda.synchronize()
-            with torch.cuda.stream(self._stream):
+            with capturing, torch.cuda.stream(self._stream):
                 graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
                 try:
                     run()
                 except BaseException:
                     with suppress(RuntimeError):  # it says that the capture failed, not why
-                        graph.capture_end()
+                        self._end(graph)
                     raise
-                graph.capture_end()
+                self._end(graph)
         replay: Run = graph.replay
         return replay
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Ends the capture for torch's allocator too, which goes on with it where it failed: from
+        then on it could give no memory back."""
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            with suppress(RuntimeError):  # it has ended
+                torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool.id)
+            raise
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: torch has 32, handed out in turn, and what others do on a stream that
+    captures would become part of the graph."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -102,7 +102,9 @@ class Graphs:
     def apart(self, backends: Iterable[Backend]) -> Iterator[None]:
         """The backends replay graphs that share nothing with others', for as long as this lasts."""
         listed = list(backends)
-        Graphs(self.buckets, self._new_capture).attach(listed)
+        # Kept until they are replayed no more: it has their memory.
+        own = Graphs(self.buckets, self._new_capture)
+        own.attach(listed)
         try:
             yield
         finally:

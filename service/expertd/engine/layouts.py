@@ -22,6 +22,7 @@ import torch
 from expertd.backends.base import Backend, native_bytes
 from expertd.capability.checks.fault import Fault
 from expertd.capability.match import refusal
+from expertd.engine.capture import capturing
 from expertd.engine.resident import LayerState, Resident, Residents
 from expertd.errors import NoUsablePlan
 from expertd.weights.storage import layer_bytes
@@ -151,7 +152,8 @@ class Layouts:
     def _finish_kernels(self) -> None:
         """Waits for all that may still read what is freed next."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            with capturing:
+                torch.cuda.synchronize(self._device)
 
 
 def copies_of(resident: Resident) -> Iterator[Copy]:

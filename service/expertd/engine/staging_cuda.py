@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from expertd.engine.capture import capturing
 from expertd.engine.checks import checks_on, nonfinite_rows
 from expertd.engine.observer import BatchTimes
 from expertd.engine.pinned import PinnedPool
@@ -106,8 +107,9 @@ class CudaStaging(Staging):
         self._events[Mark.OUT].synchronize()
 
     def recover(self) -> None:
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
+        with capturing:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
 
     def times(self) -> BatchTimes:
         ready = Mark.STAGED if self._small else Mark.READY

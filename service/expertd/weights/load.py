@@ -70,9 +70,14 @@ def _stream_of_its_own(device: torch.device) -> Iterator[None]:
         yield
         return
     side = torch.Stream(device)
+    # The memory may be what a call has just let go of, whose kernels still use it.
+    side.wait_stream(torch.cuda.current_stream(device))
     with side:
-        yield
-        side.synchronize()
+        try:
+            yield
+        finally:
+            # Of a load that fails too: its memory goes, and calls would be written into.
+            side.synchronize()
 
 
 def correction_bias(

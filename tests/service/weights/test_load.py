@@ -32,7 +32,7 @@ from expertd.weights import reader
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.digest import weights_digest
 from expertd.weights.layers import layer_specs
-from expertd.weights.load import load_layer
+from expertd.weights.load import _stream_of_its_own, load_layer
 
 FIRST = "model-00001-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -235,7 +235,7 @@ from pathlib import Path
 from expertd.weights import reader
 from expertd.weights.checkpoint import Checkpoint
 from expertd.weights.layers import layer_specs
-from expertd.weights.load import load_layer
+from expertd.weights.load import _stream_of_its_own, load_layer
 reader.STAGING_BYTES = 64 << 20
 checkpoint = Checkpoint.open(Path({str(tmp_path / "m")!r}))
 spec = layer_specs(checkpoint)[0]
@@ -285,3 +285,30 @@ def test_specs_say_what_the_config_says(tmp_path: Path) -> None:
     assert (spec.hidden, spec.intermediate, spec.num_experts) == (HIDDEN, WIDTH, EXPERTS)
     assert (spec.expert_begin, spec.expert_end, spec.quant) == (1, 3, "bf16")
     assert spec.routing is not None and spec.routing.method == "RenormalizeNaive"
+
+
+def test_a_load_waits_for_whoever_had_its_memory_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card a call's memory is free while its kernels still run, for its own stream only."""
+    told: list[str] = []
+
+    class Side:
+        def wait_stream(self, other: str) -> None:
+            told.append(f"waits for {other}")
+
+        def synchronize(self) -> None:
+            told.append("is done")
+
+        def __enter__(self) -> None:
+            told.append("begins")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(torch, "Stream", lambda device: Side())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the calls'")
+    with _stream_of_its_own(torch.device("cuda:0")):
+        pass
+    assert told == ["waits for the calls'", "begins", "is done"]
+    told.clear()
+    with pytest.raises(FailedPrecondition), _stream_of_its_own(torch.device("cuda:0")):
+        raise FailedPrecondition("a tensor is missing")
+    assert told[-1] == "is done", "else its copies would be written where calls now compute"

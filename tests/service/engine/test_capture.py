@@ -1,0 +1,154 @@
+"""Captures beside what other threads do on the same card, which stands in here."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from expertd.engine import capture
+from expertd.engine.capture import CudaCapture
+from expertd.engine.graphs import Graphs, graphs_for
+from expertd.engine.layouts import Layouts
+from expertd.engine.staging_cuda import CudaStaging
+
+CARD = torch.device("cuda:0")
+FORBIDDEN = "CUDA error: operation not permitted when stream is capturing"
+
+
+class Card:
+    """Which of its streams were made, and whether one of them captures."""
+
+    def __init__(self) -> None:
+        self.streams = 0
+        self.capturing = False
+        self.pools_ended: list[tuple[int, object]] = []
+
+    def stream(self, device: torch.device) -> object:
+        self.streams += 1
+        return object()
+
+    def wait(self, *_: object) -> None:
+        if self.capturing:
+            raise RuntimeError(FORBIDDEN)
+
+
+class Graph:
+    """A captured graph; ends_well: whether its capture can be ended."""
+
+    ends_well = True
+
+    def __init__(self, card: Card) -> None:
+        self._card = card
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"
+        self._card.capturing = True
+
+    def capture_end(self) -> None:
+        self._card.capturing = False
+        if not self.ends_well:
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
+
+    def replay(self) -> None: ...
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    found = Card()
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, found.wait)
+    monkeypatch.setattr(torch.cuda, "Stream", found.stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(found))
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: SimpleNamespace(id=(0, 7)))
+    ended = lambda device, pool: found.pools_ended.append((device, pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
+    capture._stream.cache_clear()
+    yield found
+    capture._stream.cache_clear()
+
+
+def recover() -> None:
+    way = CudaStaging.__new__(CudaStaging)
+    way._device = CARD
+    way.recover()
+
+
+def make_room() -> None:
+    Layouts(lambda: 0, CARD)._finish_kernels()
+
+
+@pytest.mark.parametrize("wait", [recover, make_room])
+def test_nobody_waits_for_a_card_that_captures(card: Card, wait: Callable[[], None]) -> None:
+    """It would be an error for both, and end the process: the device would count as lost."""
+    inside, go_on = threading.Event(), threading.Event()
+    errors: list[Exception] = []
+
+    def run() -> None:
+        inside.set()
+        go_on.wait(10)
+
+    def waiting() -> None:
+        try:
+            wait()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=CudaCapture(CARD), args=(lambda: None, run)),
+        threading.Thread(target=waiting),
+    ]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    threads[1].join(0.2)
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert not errors
+
+
+def test_captures_share_one_stream(card: Card) -> None:
+    """torch's 32nd after the one for results is that very stream, where another thread copies."""
+    graphs = graphs_for(CARD, (1, 2), enabled=True)
+    for _ in range(40):
+        with graphs.apart([]):
+            pass
+    assert card.streams == 1
+
+
+def test_a_capture_that_fails_at_its_end_is_over_for_the_allocator(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Graph, "ends_well", False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        CudaCapture(CARD)(lambda: None, lambda: None)
+    assert card.pools_ended == [(0, (0, 7))]
+    with pytest.raises(ZeroDivisionError):
+        CudaCapture(CARD)(lambda: None, lambda: print(1 / 0))
+    assert len(card.pools_ended) == 2 and not capture.capturing.locked()
+
+
+def test_the_memory_of_graphs_apart_outlives_them() -> None:
+    made: list[weakref.ref[object]] = []
+
+    class Kept:
+        def __call__(self, warm: Callable[[], None], run: Callable[[], None]) -> None: ...
+
+    def new_capture() -> Kept:
+        found = Kept()
+        made.append(weakref.ref(found))
+        return found
+
+    with Graphs((1,), new_capture).apart([]):  # type: ignore[arg-type]
+        gc.collect()
+        assert made[-1]() is not None
