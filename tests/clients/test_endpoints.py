@@ -36,10 +36,21 @@ async def test_a_file(tmp_path: Path, spelling: str) -> None:
     assert await source.read() == await endpoints(path).read() == ("c:3",)
 
 
+BROKEN = {
+    "/noise": b"SSH-2.0-server\r\n\r\n",
+    "/short": b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\na:1\nb:2",
+    "/chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n20\r\na:1",
+}
+"""What a server says that is none, or one that dies in the middle."""
+
+
 @pytest.fixture
 def url() -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path in BROKEN:
+                self.wfile.write(BROKEN[self.path])
+                return
             good = self.path == "/replicas"
             self.send_response(200 if good else 404)
             self.end_headers()
@@ -66,6 +77,14 @@ async def test_a_url(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         await endpoints(f"{url}/nothing").read()
 
 
+@pytest.mark.parametrize("path", [*BROKEN, "/a b"])
+async def test_a_url_that_breaks_off(url: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a list is none, and whatever HTTP's library raises, the pool goes on to ask."""
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(Unavailable, match="cannot be read"):
+        await endpoints(f"{url}{path}").read()
+
+
 async def test_every_address_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def resolved(host: str, port: int, *_: Any, **__: Any) -> Any:
         if host != "experts.example":
@@ -84,9 +103,15 @@ async def test_every_address_of_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         await endpoints("dns:///other.example:8001").read()
 
 
+@pytest.mark.parametrize("name", ["a..b", "a" * 70])
+async def test_a_name_that_no_dns_can_hold(name: str) -> None:
+    with pytest.raises(Unavailable, match="cannot be resolved"):
+        await endpoints(f"dns:///{name}:8001").read()
+
+
 @pytest.mark.parametrize(
     "targets",
-    [[], ["host"], ["host:port"], ["ho st:1"], ["h:1", 7], "dns:///name", "ftp://h/x", ""],
+    [[], ["host"], ["host:port"], ["ho st:1"], ["h:1", 7], ["h:0"], ["h:65536"], "dns:///name", "ftp://h/x", ""],
 )
 def test_what_names_no_server(targets: Any) -> None:
     with pytest.raises(InvalidArgument, match="targets|HOST:PORT"):
@@ -103,6 +128,8 @@ async def test_files_are_not_trusted(tmp_path: Path) -> None:
     path.write_text("# nobody\n\n")
     with pytest.raises(Unavailable, match="lists no replica"):
         await endpoints(path).read()
+    path.write_bytes(b"\xef\xbb\xbfa:1\r\n")  # as an editor on Windows writes it
+    assert await endpoints(path).read() == ("a:1",)
     path.write_text("a:1\n" * 400_000)
     with pytest.raises(Unavailable, match="more than"):
         await endpoints(path).read()

@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -16,7 +17,8 @@ Targets = str | Path | Sequence[str]
 
 _DNS = "dns:///"
 _FILE = "file:"
-_TARGET = re.compile(r"(unix:\S+|(\[[0-9a-fA-F:.%\w]+\]|[^\s/:\[\]]+):[0-9]{1,5})")
+_TARGET = re.compile(r"(unix:\S+|(\[[0-9a-fA-F:.%\w]+\]|[^\s/:\[\]]+):([0-9]{1,5}))")
+_MOST_PORT = (1 << 16) - 1
 _MOST_BYTES = 1 << 20
 _READ_SECONDS = 5.0
 
@@ -62,7 +64,7 @@ def _named(address: str) -> Endpoints:
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter of a name that no DNS can hold
             raise Unavailable(f"{address} cannot be resolved: {error}") from error
         return tuple(sorted({_address(str(info[4][0]), int(info[4][1])) for info in found}))
 
@@ -77,7 +79,7 @@ def _read_in_thread(text_of: Callable[[], str], name: str) -> Endpoints:
     async def read() -> tuple[str, ...]:
         try:
             text = await asyncio.to_thread(text_of)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise Unavailable(f"{name} cannot be read: {error}") from error
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
         found = _checked(tuple(line for line in lines if line), name)
@@ -95,18 +97,26 @@ def _file(path: Path) -> str:
 
 def _url(url: str) -> str:
     with urlopen(url, timeout=_READ_SECONDS) as reply:
-        return _text(reply.read(_MOST_BYTES + 1))
+        data = reply.read(_MOST_BYTES + 1)
+        if reply.length and len(data) <= _MOST_BYTES:  # urllib says nothing of a lost connection
+            raise ValueError(f"{reply.length} bytes of it are missing")
+        return _text(data)
 
 
 def _text(data: bytes) -> str:
     if len(data) > _MOST_BYTES:
         raise ValueError(f"more than {_MOST_BYTES} bytes")
-    return data.decode()
+    return data.decode("utf-8-sig")
 
 
 def _checked(targets: Sequence[str], source: str) -> tuple[str, ...]:
     """The targets, each once; raises InvalidArgument for one that is none."""
     for target in targets:
-        if not isinstance(target, str) or not _TARGET.fullmatch(target):
+        if not isinstance(target, str) or not _is_target(target):
             raise InvalidArgument(f"{source}: {target!r:.100} given; HOST:PORT is accepted")
     return tuple(dict.fromkeys(targets))
+
+
+def _is_target(text: str) -> bool:
+    found = _TARGET.fullmatch(text)
+    return bool(found) and (found[3] is None or 1 <= int(found[3]) <= _MOST_PORT)
