@@ -10,9 +10,10 @@ from expertd_client import queries
 from expertd_client.calls import ArrayT, CallOptions, Reply, forward_call
 from expertd_client.closing import AsyncClosing
 from expertd_client.errors import DeadlineExceeded, ExpertdError, Unavailable
-from expertd_client.messages import countdown, exchange
+from expertd_client.messages import exchange
 from expertd_client.queries import AnswerT, Query
 from expertd_client.stream import CallStream
+from expertd_client.timeouts import countdown, limit
 from expertd_client.transport.base import AsyncTransport
 from expertd_client.transport.grpc import AsyncGrpcTransport, GrpcSettings
 from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
@@ -121,4 +122,4 @@ class AsyncClient(AsyncClosing):
         await self._transport.close()
 
     async def _ask(self, query: Query[AnswerT], timeout: float | None) -> AnswerT:
-        return query.answer(await self._transport.query(query.path, query.request, timeout))
+        return query.answer(await self._transport.query(query.path, query.request, limit(timeout)))

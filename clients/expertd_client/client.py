@@ -10,8 +10,9 @@ from expertd_client import queries
 from expertd_client.calls import ArrayT, CallOptions, Reply, forward_call
 from expertd_client.closing import Closing
 from expertd_client.errors import DeadlineExceeded, ExpertdError, Unavailable
-from expertd_client.messages import countdown, exchange
+from expertd_client.messages import exchange
 from expertd_client.queries import AnswerT, Query
+from expertd_client.timeouts import countdown, limit
 from expertd_client.transport.base import Transport
 from expertd_client.transport.grpc import GrpcSettings, GrpcTransport
 from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
@@ -116,4 +117,4 @@ class Client(Closing):
         self._transport.close()
 
     def _ask(self, query: Query[AnswerT], timeout: float | None) -> AnswerT:
-        return query.answer(self._transport.query(query.path, query.request, timeout))
+        return query.answer(self._transport.query(query.path, query.request, limit(timeout)))

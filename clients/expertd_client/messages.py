@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -100,11 +99,3 @@ def _rows_of(tensor: WireTensor, rows: slice) -> WireTensor:
     size = tensor.nbytes // tensor.shape[0]
     shape = (rows.stop - rows.start, *tensor.shape[1:])
     return WireTensor(tensor.dtype, shape, tensor.data[rows.start * size : rows.stop * size])
-
-
-def countdown(timeout: float | None) -> Callable[[], float | None]:
-    """What is left of timeout seconds from now on, whenever it is called."""
-    if timeout is None:
-        return lambda: None
-    end = time.monotonic() + timeout
-    return lambda: max(0.0, end - time.monotonic())

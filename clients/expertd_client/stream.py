@@ -15,6 +15,7 @@ from expertd_client.errors import (
     Unavailable,
     error_for,
 )
+from expertd_client.timeouts import limit
 from expertd_client.transport.base import ByteStream
 from expertd_wire.codec import decode_forward_reply
 from expertd_wire.status import unpack_status
@@ -52,7 +53,7 @@ class CallStream:
         reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[request_id] = reply
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(limit(timeout)):
                 async with self._sending:
                     await self._stream.send(request)
                 return decode_reply(await reply, hidden_states)

@@ -107,6 +107,23 @@ def test_deadlines_are_the_callers(client: Any, server: Server) -> None:
     assert 0 < default <= 31 < given <= 510  # gRPC rounds up
 
 
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 1e10, None])
+def test_what_is_as_long_as_for_ever_is_no_deadline(
+    timeout: float | None, client: Any, server: Server
+) -> None:
+    client.forward("demo", 0, ROWS, timeout=timeout)
+    (left,) = server.deadlines
+    assert left is None or left > 1e9
+    assert client.health(timeout=timeout)
+
+
+def test_a_timeout_that_is_no_number_is_refused(client: Any) -> None:
+    with pytest.raises(InvalidArgument, match="timeout nan given"):
+        client.forward("demo", 0, ROWS, timeout=float("nan"))
+    with pytest.raises(InvalidArgument, match="timeout nan given"):
+        client.layers(timeout=float("nan"))
+
+
 def test_a_server_that_hangs_ends_in_deadline_exceeded(client: Any, server: Server) -> None:
     done = threading.Event()
     server.answers[methods.FORWARD] = lambda request, context: b"" if done.wait(60) else b""

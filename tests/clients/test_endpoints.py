@@ -111,7 +111,18 @@ async def test_a_name_that_no_dns_can_hold(name: str) -> None:
 
 @pytest.mark.parametrize(
     "targets",
-    [[], ["host"], ["host:port"], ["ho st:1"], ["h:1", 7], ["h:0"], ["h:65536"], "dns:///name", "ftp://h/x", ""],
+    [
+        [],
+        ["host"],
+        ["host:port"],
+        ["ho st:1"],
+        ["h:1", 7],
+        ["h:0"],
+        ["h:65536"],
+        "dns:///name",
+        "ftp://h/x",
+        "",
+    ],
 )
 def test_what_names_no_server(targets: Any) -> None:
     with pytest.raises(InvalidArgument, match="targets|HOST:PORT"):

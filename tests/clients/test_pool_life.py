@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.clients.fleets import EXPERTS, HIDDEN, LAYER, MODEL, ranges, whole
+from tests.clients.fleets import EXPERTS, HIDDEN, LAYER, MODEL, FakeLink, ranges, whole
 from tests.clients.pooling import FOUR, assert_right, drawn, hang, pool_over
 from tests.waiting import until
 
@@ -116,6 +116,29 @@ def test_a_bad_setting_is_told_at_once() -> None:
     with pytest.raises(InvalidArgument, match="token"):
         ExpertPool(["a:1"], token="two words")
     assert not [thread for thread in threading.enumerate() if thread.name == "expertd-pool"]
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 1e10, None])
+def test_what_is_as_long_as_for_ever_is_no_deadline(timeout: float | None) -> None:
+    fleet, (rows, logits), told = whole(1), drawn(2), []
+
+    class Noting(FakeLink):
+        async def forward(self, request: bytes, timeout: float | None) -> bytes:
+            told.append(timeout)
+            return await super().forward(request, timeout)
+
+    with ExpertPool(fleet.targets, connect=lambda t: Noting(fleet.servers[t])) as pool:
+        pool.forward(MODEL, LAYER, rows, router_logits=logits, timeout=timeout)
+    assert told == [None]
+
+
+def test_a_timeout_that_is_no_number_is_refused(pool_of: Any) -> None:
+    rows, logits = drawn(2)
+    with pool_of(whole(1)) as pool:
+        with pytest.raises(InvalidArgument, match="timeout nan given"):
+            pool.forward(MODEL, LAYER, rows, router_logits=logits, timeout=float("nan"))
+        with pytest.raises(InvalidArgument, match="timeout nan given"):
+            pool.layers(timeout=float("nan"))
 
 
 def test_closing_ends_calls_and_threads() -> None:

@@ -19,6 +19,7 @@ from expertd_client.fleet.loop import LoopThread
 from expertd_client.fleet.message import PoolCall
 from expertd_client.fleet.placement import Policy, Shard, agreed_edition
 from expertd_client.replicas import Fleet
+from expertd_client.timeouts import limit
 from expertd_client.transport.grpc import GrpcSettings, bearer
 from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
 from expertd_wire.v1 import experts_pb2 as pb
@@ -86,15 +87,15 @@ class Core:
 
     async def deliver(self, call: PoolCall, timeout: float | None, allow: bool) -> Outcome:
         """The answer to a call."""
-        now = asyncio.get_running_loop().time()
-        deadline = inf if timeout is None else now + timeout
+        seconds, now = limit(timeout), asyncio.get_running_loop().time()
+        deadline = inf if seconds is None else now + seconds
         return await Delivery(self._desk, call, deadline, allow).run()
 
     async def layers(self, model: str | None, timeout: float | None) -> list[pb.LayerInfo]:
         """What every replica in service holds, once each has been asked or timeout is over."""
         # Who said nothing in time holds nothing that a call could use: the rest is the answer.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(limit(timeout)):
                 while not self._fleet.all_contacted:
                     await self._fleet.changed(_LOOK_SECONDS)
         return [offer.layer for offer in self._fleet.offers(model)]
@@ -102,7 +103,7 @@ class Core:
     async def layer(self, model: str, layer: int, timeout: float | None) -> pb.LayerInfo:
         """A layer, as a replica whose weights calls go to tells it."""
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(limit(timeout)):
                 edition = await agreed_edition(self._fleet, (model, layer), self._policy)
         except TimeoutError:
             raise ExpertsUnavailable(f"layer {model}/{layer}: no replica is ready for it") from None

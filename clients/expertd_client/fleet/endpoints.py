@@ -119,4 +119,4 @@ def _checked(targets: Sequence[str], source: str) -> tuple[str, ...]:
 
 def _is_target(text: str) -> bool:
     found = _TARGET.fullmatch(text)
-    return bool(found) and (found[3] is None or 1 <= int(found[3]) <= _MOST_PORT)
+    return found is not None and (found[3] is None or 1 <= int(found[3]) <= _MOST_PORT)
