@@ -310,7 +310,7 @@ class Delivery:
         if isinstance(self._last, Overloaded):
             return self._last
         if self._place is None:
-            return none_ready((self._call.model, self._call.layer))
+            return none_ready(self._desk.fleet, (self._call.model, self._call.layer))
         if self._place.waiting:
             return self._place.unavailable(list(self._place.waiting))
         last = f"; the last error: {self._last}" if self._last else ""

@@ -36,6 +36,7 @@ PROBE_SECONDS = 2.0
 
 REWATCH_SECONDS = 0.2
 REREAD_SECONDS = 2.0
+_MOST_TOLD = 8
 
 LayerKey = tuple[str, int]
 
@@ -91,6 +92,7 @@ class Replica:
         if serving != self.serving:
             self.serving, self.epoch = serving, self.epoch + 1
             self.layers = self.refusal = None
+            self.stalled = False
             self.pause.succeeded()
             self.nudge.set()
 
@@ -114,6 +116,7 @@ class Fleet:
         self._current: dict[LayerKey, tuple[bytes, str]] = {}
         self._editions: dict[LayerKey, list[Edition]] = {}
         self._read_once = False
+        self._unread = ""
         self.replicas: dict[str, Replica] = {}
 
     async def start(self) -> None:
@@ -138,8 +141,19 @@ class Fleet:
 
     @property
     def all_contacted(self) -> bool:
-        """Whether every replica has answered, or been found unreachable, at least once."""
-        return self._read_once and all(r.contacted for r in self.replicas.values())
+        """Whether each replica has answered, been found unreachable, or taken too long to answer.
+
+        An address from which nothing comes, not even a refusal, keeps nobody waiting.
+        """
+        return self._read_once and all(r.contacted or r.stalled for r in self.replicas.values())
+
+    @property
+    def absent(self) -> str:
+        """Why nobody may be there, in words: endpoints that cannot be read, or who is away."""
+        away = [replica.target for replica in self.replicas.values() if not replica.serving]
+        more = ", …" if len(away) > _MOST_TOLD else ""
+        told = f"not in service: {', '.join(away[:_MOST_TOLD])}{more}" if away else ""
+        return "; ".join(filter(None, (self._unread, told)))
 
     def offers(self, model: str | None = None) -> list[Offer]:
         """What every serving replica holds, ready or not."""
@@ -208,7 +222,9 @@ class Fleet:
         while True:
             try:
                 self._settle(await self._source.read())
+                self._unread = ""
             except ExpertdError as error:
+                self._unread = str(error)
                 log.warning("endpoints stay as they were: %s", error)
             self._read_once = True
             if not self._source.changing:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.clients.fleets import HIDDEN, LAYER, MODEL, TABLE, ranges, routed, whole
+from tests.clients.fleets import HIDDEN, LAYER, MODEL, TABLE, FakeLink, ranges, routed, whole
 from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, assert_right, hang, pool_over
 from tests.waiting import until
 
-from expertd_client.errors import ExpertsUnavailable
+from expertd_client import ExpertPool
+from expertd_client.errors import DeadlineExceeded, ExpertsUnavailable
 
 
 def test_a_call_waits_for_experts_that_nobody_holds() -> None:
@@ -63,6 +66,49 @@ def test_what_could_be_had() -> None:
     ids, _ = routed(LOGITS)
     assert complete.tolist() == (ids < 8).all(axis=1).tolist()
     assert 0 < complete.sum() < len(ROWS)
+
+
+class Silent(FakeLink):
+    """A link to an address from which nothing comes: packets are dropped, or it is stopped."""
+
+    async def query(self, path: str, request: bytes, timeout: float | None) -> bytes:
+        await asyncio.sleep(timeout or 60)
+        raise DeadlineExceeded("no answer")
+
+    async def watch(self) -> AsyncIterator[bool]:
+        await asyncio.sleep(60)
+        yield False
+
+
+def test_an_address_from_which_nothing_comes_keeps_nobody_waiting(impatient: None) -> None:
+    fleet = ranges((0, 8), (8, 16))
+    links = {"r0:1": FakeLink(fleet[0]), "r1:1": Silent(fleet[1])}
+    with ExpertPool(list(links), connect=links.__getitem__) as pool:
+        begin = time.monotonic()
+        assert 0 < ask(pool, partial="allow", timeout=40).complete_rows.sum() < len(ROWS)
+        assert time.monotonic() - begin < 20
+    links = {"r0:1": FakeLink(fleet[0]), "r1:1": Silent(fleet[1])}
+    with ExpertPool(list(links), connect=links.__getitem__, wait_for_experts=False) as pool:
+        with pytest.raises(ExpertsUnavailable, match="experts 8-15"):
+            ask(pool, timeout=40)
+        assert time.monotonic() - begin < 30
+
+
+def test_who_is_away_is_told(tmp_path: Path) -> None:
+    fleet = whole(2)
+    fleet[0].reachable = fleet[1].reachable = False
+    with pool_over(fleet) as pool:
+        with pytest.raises(ExpertsUnavailable, match="not in service: r0:1, r1:1"):
+            ask(pool, timeout=0.2)
+        with pytest.raises(ExpertsUnavailable, match="not in service: r0:1, r1:1"):
+            pool.layer(MODEL, LAYER, timeout=0.2)
+    (tmp_path / "replicas").write_text("two words\n")
+    with ExpertPool(tmp_path / "replicas", connect=fleet.connect) as pool:
+        with pytest.raises(ExpertsUnavailable, match="'two words' given; HOST:PORT"):
+            ask(pool, timeout=0.2)
+        (tmp_path / "replicas").write_text("r0:1\n")
+        fleet[0].reachable = True
+        assert_right(ask(pool, timeout=20).output, ROWS, LOGITS)
 
 
 def test_what_could_be_had_in_time(impatient: None) -> None:

@@ -12,12 +12,12 @@ from typing import Any, TypeVar, get_args
 import grpc
 
 from expertd_client.dispatch import Delivery, Desk, Outcome
-from expertd_client.errors import ExpertsUnavailable, InvalidArgument, Unavailable
+from expertd_client.errors import InvalidArgument, Unavailable
 from expertd_client.fleet.endpoints import Targets, endpoints
 from expertd_client.fleet.link import Connect, GrpcLink, Link
 from expertd_client.fleet.loop import LoopThread
 from expertd_client.fleet.message import PoolCall
-from expertd_client.fleet.placement import Policy, Shard, agreed_edition
+from expertd_client.fleet.placement import Policy, Shard, agreed_edition, none_ready
 from expertd_client.replicas import Fleet
 from expertd_client.timeouts import limit
 from expertd_client.transport.grpc import GrpcSettings, bearer
@@ -106,7 +106,7 @@ class Core:
             async with asyncio.timeout(limit(timeout)):
                 edition = await agreed_edition(self._fleet, (model, layer), self._policy)
         except TimeoutError:
-            raise ExpertsUnavailable(f"layer {model}/{layer}: no replica is ready for it") from None
+            raise none_ready(self._fleet, (model, layer)) from None
         return edition.layer
 
     def close(self) -> None:

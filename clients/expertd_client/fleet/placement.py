@@ -142,14 +142,15 @@ async def agreed_edition(fleet: Fleet, layer: tuple[str, int], policy: Policy) -
         if edition is not None:
             return edition
         if fleet.all_contacted and not policy.wait_for_experts:
-            raise none_ready(layer)
+            raise none_ready(fleet, layer)
         await fleet.changed(_HOLD_SECONDS)
 
 
-def none_ready(layer: tuple[str, int]) -> ExpertsUnavailable:
+def none_ready(fleet: Fleet, layer: tuple[str, int]) -> ExpertsUnavailable:
     """The error of a layer of which nothing is to be had."""
+    why = f" ({fleet.absent})" if fleet.absent else ""
     return ExpertsUnavailable(
-        f"layer {layer[0]}/{layer[1]}: no replica is ready for any of its experts"
+        f"layer {layer[0]}/{layer[1]}: no replica is ready for any of its experts{why}"
     )
 
 
