@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tests.clients.fleets import EXPERTS, HIDDEN, LAYER, MODEL, FakeLink, ranges, whole
 from tests.clients.pooling import FOUR, assert_right, drawn, hang, pool_over
+from tests.processes import assert_runs
 from tests.waiting import until
 
 from expertd_client import AsyncExpertPool, ExpertPool
@@ -24,6 +25,7 @@ from expertd_client.errors import (
     Unauthenticated,
     Unavailable,
 )
+from expertd_client.fleet.loop import LoopThread
 
 
 @pytest.mark.parametrize(
@@ -169,6 +171,47 @@ def test_closing_ends_calls_and_threads() -> None:
     with pytest.raises(Unavailable, match="closed"):
         pool.forward(MODEL, LAYER, rows, router_logits=logits)
     assert not [t for t in threading.enumerate() if t.name == "expertd-pool"]
+
+
+def test_what_comes_while_a_pool_is_being_closed_is_told_so() -> None:
+    """Between a caller's look whether the pool is open and its call, another thread may close."""
+
+    async def work() -> None:
+        """Nothing."""
+
+    thread = LoopThread("expertd-pool")
+    thread.run(work())
+    thread.close(work())
+    thread.close(work())
+    with pytest.raises(Unavailable, match="closed"):
+        thread.run(work())
+
+
+FORKED = """
+import os, signal
+from tests.clients.pooling import ask, pool_over
+from tests.clients.fleets import whole
+from expertd_client.errors import Unavailable
+
+with pool_over(whole(1)) as pool:
+    ask(pool)
+    child = os.fork()
+    signal.alarm(30)
+    try:
+        ask(pool, timeout=1)
+    except Unavailable as error:
+        print(error)
+if not child:
+    with pool_over(whole(1)) as pool:
+        ask(pool)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_pool_does_not_survive_a_fork() -> None:
+    """Its thread is not in the child, where a call would wait for it for ever, and a close too."""
+    assert "made before this process was forked" in assert_runs(FORKED)
 
 
 async def test_a_cancelled_call_is_taken_back() -> None:

@@ -59,12 +59,10 @@ class Core:
         self._fleet = Fleet(source, connect or by_grpc)
         self._thread = LoopThread("expertd-pool")
         self._desk = Desk(self._fleet, self._policy)
-        self._open = True
         self._thread.run(self._fleet.start())
 
     def run(self, work: Any) -> Any:
         """What work returns, for a thread; Unavailable once the pool is closed."""
-        self._must_be_open(work)
         try:
             return self._thread.run(work)
         except CancelledError:
@@ -72,18 +70,12 @@ class Core:
 
     async def arun(self, work: Any) -> Any:
         """The same for another event loop."""
-        self._must_be_open(work)
         try:
             return await self._thread.arun(work)
         except asyncio.CancelledError:
-            if self._open:
+            if self._thread.open:
                 raise
             raise Unavailable("the pool was closed") from None
-
-    def _must_be_open(self, work: Any) -> None:
-        if not self._open:
-            work.close()
-            raise Unavailable("the pool was closed")
 
     async def deliver(self, call: PoolCall, timeout: float | None, allow: bool) -> Outcome:
         """The answer to a call."""
@@ -111,8 +103,4 @@ class Core:
 
     def close(self) -> None:
         """Ends calls under way, lets go of the replicas and of the thread; a second time too."""
-        if not self._open:
-            return
-        self._open = False
-        self._thread.run(self._fleet.close())
-        self._thread.close()
+        self._thread.close(self._fleet.close())
