@@ -1,9 +1,12 @@
-"""CUDA graphs on a card: replays equal the kernels that they were captured from."""
+"""CUDA graphs on a card: replays equal the kernels that they were captured from, and a capture
+stands in nobody's way."""
 
 from __future__ import annotations
 
 import gc
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
@@ -20,7 +23,9 @@ from expertd.capability.rows import flashinfer_cutlass, triton
 from expertd.capability.rows.reference import ROWS as REFERENCE
 from expertd.core import LayerSpec, QuantScheme
 from expertd.core.buckets import bucket_index, token_buckets
+from expertd.engine.capture import CudaCapture
 from expertd.engine.graphs import LARGEST, Graphs, graphs_for
+from expertd.engine.staging_cuda import stagings
 from expertd.proof.run import TOLERANCES, relative_error
 
 DEVICE = torch.device("cuda:0")
@@ -144,3 +149,33 @@ def test_a_layer_is_captured_while_another_serves(row: Row, quant: QuantScheme) 
     again = batch_of(spec, 9)
     loading.forward(again)
     assert torch.equal(again.out, eager(loading, again))
+
+
+@cells
+def test_a_batch_may_fail_while_a_layer_is_captured(row: Row, quant: QuantScheme) -> None:
+    """To wait for the whole card meanwhile would end the capture, and the process."""
+    spec, shared = layer(row, quant), graphs()
+    loading, way = built(row, spec), stagings(DEVICE)[0]
+
+    def load() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(5):
+                shared.attach([loading])
+                assert loading.replay is not None
+
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(load)
+        while not loaded.done():
+            way.recover()
+            time.sleep(0.001)
+        loaded.result()
+
+
+def test_after_a_capture_that_failed_memory_is_given_back_and_others_go_on() -> None:
+    capture, memory = CudaCapture(DEVICE), torch.ones(1, device=DEVICE)
+    for fails in (torch.cuda.synchronize, lambda: print(1 / 0)):
+        with pytest.raises((RuntimeError, ZeroDivisionError)):
+            capture(lambda: None, fails)
+        stagings(DEVICE)[0].recover()
+    capture(lambda: None, lambda: memory.add_(1))()
+    assert memory.item() == 2
