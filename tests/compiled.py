@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from expertd.backends.base import Batch
+from expertd.backends.triton import align, combine, launch, quantize
 from expertd.backends.triton.align import Blocks
 from expertd.backends.triton.backend import Triton
 from expertd.backends.triton.shared import Card
@@ -32,7 +33,9 @@ CARDS = {
     "sm89": Card("sm89", SMALL),
     "sm90": Card("sm90", LARGE),
     "sm100": Card("sm100", LARGE),
+    "sm103": Card("sm103", LARGE),
     "sm120": Card("sm120", SMALL),
+    "sm121": Card("sm121", SMALL),
 }
 TOKENS = 32
 
@@ -58,6 +61,27 @@ def compiling_for(arch: str) -> Iterator[None]:
     """Kernels are compiled for a card of this architecture, on the CPU's tensors."""
     with patch.object(driver, "_active", _Absent(arch)):
         yield
+
+
+@contextmanager
+def launches_compile(arch: str) -> Iterator[list[Any]]:
+    """Whatever is launched is compiled for such a card, as it would be there, and does not run."""
+    seen: list[Any] = []
+    run = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **constants)
+        if not any(kernel is one for one in seen):
+            seen.append(kernel)
+        return kernel
+
+    later = int(arch.removeprefix("sm")) >= 90
+    close = {"CHAINED": True, "launch_pdl": True} if later else {"CHAINED": False}
+    with compiling_for(arch), ExitStack() as patches:
+        patches.enter_context(patch.object(triton.JITFunction, "run", compile_only))
+        for module in (align, combine, launch, quantize):
+            patches.enter_context(patch.object(module, "chained", lambda device: close))
+        yield seen
 
 
 def backend_of(row: Row, quant: QuantScheme, gated: bool, device: torch.device) -> Triton:

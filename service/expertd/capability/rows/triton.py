@@ -7,7 +7,8 @@ from dataclasses import replace
 from expertd.capability.row import ANY_ACTIVATION, Limits, Row
 from expertd.core import PlanMode, QuantScheme
 
-ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm107", "sm120", "sm121")
+# Not sm107: LLVM ends the process where Triton up to 3.7.1 compiles for it.
+ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm103", "sm120", "sm121")
 FP8_ARCHS = tuple(arch for arch in ARCHS if arch not in ("sm80", "sm86"))
 
 _BF16 = Row(
