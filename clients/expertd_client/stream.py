@@ -54,13 +54,14 @@ class CallStream:
         self._waiting[request_id] = reply
         try:
             async with asyncio.timeout(limit(timeout)):
-                async with self._sending:
-                    await self._stream.send(request)
+                await self._send(request)
                 return decode_reply(await reply, hidden_states)
         except TimeoutError:
             raise DeadlineExceeded(f"no reply within {timeout} s") from None
         finally:
             self._waiting.pop(request_id, None)
+            if reply.done() and not reply.cancelled():
+                reply.exception()  # counts as seen, also where sending was what failed
 
     async def forward(
         self,
@@ -89,6 +90,21 @@ class CallStream:
             self._reader.cancel()
         await self._stream.close()
         self._end(Unavailable("the stream was closed"))
+
+    async def _send(self, request: bytes) -> None:
+        """Hands over a request once it is its turn; one that has begun is never broken off.
+
+        A caller may leave in the middle, but half a message would be the end of the stream.
+        """
+        await self._sending.acquire()
+        writing = asyncio.ensure_future(self._stream.send(request))
+        writing.add_done_callback(self._sent)
+        await asyncio.shield(writing)
+
+    def _sent(self, writing: asyncio.Future[None]) -> None:
+        self._sending.release()
+        if not writing.cancelled():
+            writing.exception()  # of a caller who has left it is nobody's
 
     async def _read(self) -> None:
         try:

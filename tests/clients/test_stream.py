@@ -106,6 +106,49 @@ async def test_a_late_reply_is_nobodys(stream: CallStream, carrier: Scripted) ->
     assert np.array_equal(await task, ROWS)
 
 
+async def test_a_caller_who_leaves_in_the_middle_of_a_message_breaks_nothing_off(
+    stream: CallStream, carrier: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC ends a stream whose write is cancelled."""
+    taken, whole = asyncio.Event(), []
+
+    async def slow(request: bytes) -> None:
+        await taken.wait()
+        whole.append(request)
+        carrier.calls.put_nowait(decode_forward_call(request))
+
+    monkeypatch.setattr(carrier, "send", slow)
+    waiting = asyncio.create_task(stream.forward("m", 0, ROWS, timeout=30))
+    hasty = [asyncio.create_task(stream.call("m", 1, ROWS, timeout=0.05)) for _ in range(3)]
+    waiting_too = asyncio.create_task(stream.forward("m", 2, ROWS, timeout=30))
+    for late in hasty:
+        with pytest.raises(DeadlineExceeded):
+            await late
+    leaver = asyncio.create_task(stream.forward("m", 0, ROWS, timeout=30))
+    await asyncio.sleep(0)
+    leaver.cancel()
+    waiting.cancel()
+    await asyncio.wait([leaver, waiting])
+    taken.set()
+    calls = [await asyncio.wait_for(carrier.calls.get(), 5) for _ in range(2)]
+    assert [call.layer for call in calls] == [0, 2] and len(whole) == 2
+    carrier.echo(calls[1])
+    assert np.array_equal(await waiting_too, ROWS)
+
+
+async def test_a_write_that_fails_is_its_callers_and_the_next_has_its_turn(
+    stream: CallStream, carrier: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(request: bytes) -> None:
+        await asyncio.sleep(0)
+        raise Unavailable("it is gone")
+
+    monkeypatch.setattr(carrier, "send", broken)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="gone"):
+            await asyncio.wait_for(stream.call("m", 0, ROWS), 5)
+
+
 async def test_the_servers_end_reaches_those_who_wait_and_those_who_come(
     stream: CallStream, carrier: Scripted
 ) -> None:
