@@ -31,7 +31,9 @@ def answers(home: Path, devices: list[str]) -> list[list[np.ndarray]]:
     found = []
     for device in devices:
         with (
-            serving(home, "--model", f"m={model}", "--device", device) as server,
+            serving(
+                home, "--model", f"m={model}", "--identity", "echo=64", "--device", device
+            ) as server,
             Client(server.grpc) as client,
         ):
             info = client.layer("m", 0)
@@ -41,6 +43,7 @@ def answers(home: Path, devices: list[str]) -> list[list[np.ndarray]]:
                 rows = random.standard_normal((tokens, info.hidden), np.float32)
                 logits = random.standard_normal((tokens, info.num_experts), np.float32)
                 outputs.append(client.forward("m", 0, rows, router_logits=logits, timeout=60))
+                assert np.array_equal(client.forward("echo", 0, rows[:, :64]), rows[:, :64])
             found.append(outputs)
     return found
 

@@ -34,7 +34,8 @@ class CudaCapture:
         self._device = device
         self._stream = _stream(device)
         # Kept by itself: a pool goes with the last graph that uses it, and does not come back.
-        self._pool = torch.cuda.MemPool()
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.MemPool()
 
     def __call__(self, warm: Run, run: Run) -> Run:
         graph = torch.cuda.CUDAGraph()

@@ -82,7 +82,8 @@ class Loader:
     def add_identity(self, name: str, hidden: int) -> None:
         """Serves the identity layer as layer 0 of a model."""
         resident = Resident(name, IDENTITY_LAYER, identity_spec(hidden), self._device)
-        self._build_backends(resident)
+        with self._apart():
+            self._build_backends(resident)
         resident.generation, resident.state = 1, LayerState.READY
         self._residents.add(resident)
 
@@ -182,7 +183,10 @@ class Loader:
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """On a card beside the stream of calls: kernels keep scratch memory for each stream."""
+        """On a card beside the stream of calls: kernels keep scratch memory for each stream.
+
+        The stream makes its card the thread's own as well: Triton launches on no other.
+        """
         if self._stream is None:
             yield
             return

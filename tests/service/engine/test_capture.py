@@ -6,7 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +28,17 @@ class Card:
     def __init__(self) -> None:
         self.streams = 0
         self.capturing = False
+        self.current = torch.device("cuda:0")
         self.pools_ended: list[tuple[int, object]] = []
+
+    @contextmanager
+    def used(self, device: torch.device) -> Iterator[None]:
+        self.current = device
+        yield
+        self.current = torch.device("cuda:0")
+
+    def pool(self) -> object:
+        return SimpleNamespace(id=(0, 7), device=self.current)
 
     def stream(self, device: torch.device) -> object:
         self.streams += 1
@@ -62,13 +72,13 @@ class Graph:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     found = Card()
-    for name in ("device", "stream"):
-        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", found.used)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, found.wait)
     monkeypatch.setattr(torch.cuda, "Stream", found.stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(found))
-    monkeypatch.setattr(torch.cuda, "MemPool", lambda: SimpleNamespace(id=(0, 7)))
+    monkeypatch.setattr(torch.cuda, "MemPool", found.pool)
     ended = lambda device, pool: found.pools_ended.append((device, pool))  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
     capture._stream.cache_clear()
@@ -115,6 +125,13 @@ def test_nobody_waits_for_a_card_that_captures(card: Card, wait: Callable[[], No
         thread.join(10)
         assert not thread.is_alive()
     assert not errors
+
+
+def test_graphs_take_their_memory_from_their_own_card(card: Card) -> None:
+    """A pool belongs to the card that is the thread's own, for the main thread the first."""
+    last = torch.device("cuda:3")
+    pool = CudaCapture(last)._pool
+    assert vars(pool)["device"] == last
 
 
 def test_captures_share_one_stream(card: Card) -> None:

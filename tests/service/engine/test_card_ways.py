@@ -12,9 +12,12 @@ import torch
 from tests.service.engine.parts import Reports, echo, resident, running
 from tests.strategies import generator, layer_spec, random_topk, torch_tensor, wire_call
 
+from expertd.capability.device import detect
 from expertd.engine import staging_cuda
 from expertd.engine.checks_cpu import HostChecks
+from expertd.engine.loader import Loader
 from expertd.engine.pinned import PinnedPool
+from expertd.engine.resident import LayerState, Residents
 from expertd.engine.staging import Mark
 from expertd.engine.staging_cuda import CudaStaging, PinnedBuffer
 from expertd.errors import InvalidArgument
@@ -138,3 +141,26 @@ def test_what_is_read_was_written_before(ways: Any) -> None:
         assert begin.recorded_on is staged.recorded_on is INWARD and out.recorded_on is OUTWARD
         assert ready.recorded_on is COMPUTE
         assert staged in COMPUTE.waited and computed in OUTWARD.waited
+
+
+def test_an_identity_layer_is_made_on_its_card_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the main thread, whose own card is the first: Triton would have warmed up there."""
+    told: list[str] = []
+
+    class Aside:
+        def __enter__(self) -> None:
+            told.append("here")
+
+        def __exit__(self, *_: object) -> None:
+            told.append("elsewhere")
+
+        def synchronize(self) -> None:
+            told.append("done")
+
+    loader = Loader.__new__(Loader)
+    loader._stream, loader._device = Aside(), detect("cpu")  # type: ignore[assignment]
+    loader._residents = Residents()
+    monkeypatch.setattr(loader, "_build_backends", lambda resident: told.append("built"))
+    loader.add_identity("echo", 8)
+    assert told == ["here", "built", "done", "elsewhere"]
+    assert loader._residents.get("echo", 0).state is LayerState.READY
