@@ -136,11 +136,11 @@ class Loader:
                 resident.weights, resident.bias = load_layer(
                     checkpoint, resident.layer, resident.spec, self._torch_device, progress=meter
                 )
-            resident.digest = weights_digest(resident.weights, resident.bias)
-            resident.checkpoint_digest = checkpoint_digest(checkpoint, resident.layer)
-            if self._device.arch == "cpu":  # all of its backends read packed weights too
-                resident.weights = packed(resident.weights, resident.name)
             with self._apart():
+                resident.digest = weights_digest(resident.weights, resident.bias)
+                resident.checkpoint_digest = checkpoint_digest(checkpoint, resident.layer)
+                if self._device.arch == "cpu":  # all of its backends read packed weights too
+                    resident.weights = packed(resident.weights, resident.name)
                 self._build_backends(resident)
         except ExpertdError as error:
             self._fail(resident, str(error))

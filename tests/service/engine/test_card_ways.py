@@ -13,7 +13,7 @@ from tests.service.engine.parts import Reports, echo, resident, running
 from tests.strategies import generator, layer_spec, random_topk, torch_tensor, wire_call
 
 from expertd.capability.device import detect
-from expertd.engine import staging_cuda
+from expertd.engine import loader, staging_cuda
 from expertd.engine.checks_cpu import HostChecks
 from expertd.engine.loader import Loader
 from expertd.engine.pinned import PinnedPool
@@ -143,24 +143,48 @@ def test_what_is_read_was_written_before(ways: Any) -> None:
         assert staged in COMPUTE.waited and computed in OUTWARD.waited
 
 
+class Aside:
+    """A loader's stream; told: what happened, and whether on it."""
+
+    def __init__(self, told: list[str]) -> None:
+        self._told = told
+
+    def __enter__(self) -> None:
+        self._told.append("here")
+
+    def __exit__(self, *_: object) -> None:
+        self._told.append("elsewhere")
+
+    def synchronize(self) -> None:
+        self._told.append("done")
+
+
+def loader_aside(told: list[str], monkeypatch: pytest.MonkeyPatch) -> Loader:
+    found = Loader.__new__(Loader)
+    found._stream, found._device = Aside(told), detect("cpu")  # type: ignore[assignment]
+    found._torch_device, found._residents = CPU, Residents()
+    monkeypatch.setattr(found, "_build_backends", lambda resident: told.append("built"))
+    return found
+
+
 def test_an_identity_layer_is_made_on_its_card_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the main thread, whose own card is the first: Triton would have warmed up there."""
     told: list[str] = []
-
-    class Aside:
-        def __enter__(self) -> None:
-            told.append("here")
-
-        def __exit__(self, *_: object) -> None:
-            told.append("elsewhere")
-
-        def synchronize(self) -> None:
-            told.append("done")
-
-    loader = Loader.__new__(Loader)
-    loader._stream, loader._device = Aside(), detect("cpu")  # type: ignore[assignment]
-    loader._residents = Residents()
-    monkeypatch.setattr(loader, "_build_backends", lambda resident: told.append("built"))
-    loader.add_identity("echo", 8)
+    made = loader_aside(told, monkeypatch)
+    made.add_identity("echo", 8)
     assert told == ["here", "built", "done", "elsewhere"]
-    assert loader._residents.get("echo", 0).state is LayerState.READY
+    assert made._residents.get("echo", 0).state is LayerState.READY
+
+
+def test_weights_are_digested_beside_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of launches over all of a layer: calls would have stood in line behind them."""
+    told: list[str] = []
+    making, layer = loader_aside(told, monkeypatch), resident(SPEC, generator(7))
+    weights = layer.weights
+    monkeypatch.setattr(loader, "load_layer", lambda *_, **__: (weights, None))
+    monkeypatch.setattr(loader, "packed", lambda weights, name: weights)
+    monkeypatch.setattr(loader, "checkpoint_digest", lambda *_: "checkpoint")
+    monkeypatch.setattr(loader, "weights_digest", lambda *_: told.append("digested") or "weights")
+    making._load_one(None, layer)  # type: ignore[arg-type]
+    assert told == ["here", "digested", "built", "done", "elsewhere"]
+    assert layer.state is LayerState.READY and layer.digest == "weights"
