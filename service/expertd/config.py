@@ -19,6 +19,10 @@ from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
 
 Ranges = tuple[tuple[int, int], ...]
 
+MOST_NUMBER = (1 << 16) - 1
+"""No model has so many layers, or experts in one; each number that is named takes memory."""
+_DIGITS = 10
+
 
 class Named(NamedTuple):
     """A NAME=VALUE setting."""
@@ -70,9 +74,12 @@ def parse_range(text: str) -> tuple[int, int]:
     """An inclusive range such as 0-63, or one number."""
     first, separator, last = text.strip().partition("-")
     last = last if separator else first
-    if not (first.isdecimal() and last.isdecimal()) or int(first) > int(last):
-        raise ValueError("a number or an inclusive range such as 3-10 is accepted")
-    return int(first), int(last)
+    numbers = [int(text) for text in (first, last) if text.isdecimal() and len(text) < _DIGITS]
+    if len(numbers) < 2 or not numbers[0] <= numbers[1] <= MOST_NUMBER:
+        raise ValueError(
+            f"a number or an inclusive range such as 3-10 is accepted, up to {MOST_NUMBER}"
+        )
+    return numbers[0], numbers[1]
 
 
 def parse_flag(text: str) -> bool:

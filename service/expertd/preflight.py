@@ -17,6 +17,7 @@ def check_settings(settings: Settings) -> None:
     for check in (
         _check_simulate,
         _check_host,
+        _check_ports,
         _check_backend,
         _check_models,
         _check_ingress,
@@ -38,6 +39,13 @@ def _check_host(settings: Settings) -> None:
         raise InvalidArgument(
             f"--host {settings.host}: without --tokens only {', '.join(LOOPBACK)} are accepted, "
             "because callers could not be told apart"
+        )
+
+
+def _check_ports(settings: Settings) -> None:
+    if settings.http_port and settings.http_port == settings.grpc_port:
+        raise InvalidArgument(
+            f"--http-port and --grpc-port {settings.http_port}: each needs a port of its own"
         )
 
 

@@ -29,6 +29,13 @@ def test_a_closed_loop_as_json_and_as_a_picture(home: Path, server: Server) -> N
     assert len(ElementTree.parse(picture).getroot().findall("{*}circle")) == 8
 
 
+def test_figures_outlive_a_picture_that_cannot_be_written(home: Path, server: Server) -> None:
+    flags = ("--tokens", "1", "--concurrency", "1", "--json", "--plot", str(home))
+    ended = expertd(home, "bench", server.grpc, *DEMO, *flags)
+    assert ended.returncode == 1 and "Is a directory" in ended.stderr
+    assert json.loads(ended.stdout)["cells"][0]["calls"] > 0
+
+
 def test_an_open_loop_as_a_table(home: Path, server: Server) -> None:
     flags = ("--tokens", "2", "--concurrency", "4", "--rate", "40", "--routing", "logits")
     ended = expertd(home, "bench", server.grpc, *DEMO, *flags)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,18 @@ def test_call_tells_the_servers_reasons(home: Path, server: Server) -> None:
     assert len(texts) == len(set(texts)), "each reason once"
     ended = expertd(home, "call", server.grpc, "--model", "dmeo", "--layer", "0")
     assert ended.returncode == 1 and "'dmeo' is not served" in ended.stderr
+
+
+def test_the_timeout_of_a_call_is_that_of_its_first_question_too(home: Path) -> None:
+    """Of an address that takes connections and says nothing."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        flags = ("--model", "demo", "--layer", "0", "--timeout", "0.2")
+        ended = expertd(home, "call", target, *flags)
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert "Deadline Exceeded" in ended.stderr  # without one, gRPC gives up after 20 s
 
 
 def test_health_is_0_or_1(home: Path, server: Server) -> None:

@@ -180,7 +180,10 @@ FLAGS_AMISS: dict[str, tuple[list[str], str]] = {
     "port": (["--identity", "e=8", "--http-port", "70000"], "0 to 65535 is accepted"),
     "no port": (["--identity", "e=8", "--http-port", "http"], "'http' given; 0 to 65535 is acc"),
     "identity": (["--identity", "e=none"], "NAME=HIDDEN is accepted"),
+    "ports": (["--demo", "--http-port", "7", "--grpc-port", "7"], "7: each needs a port of its"),
     "range": (["--demo", "--layers", "5-3"], "inclusive range such as 3-10"),
+    "long range": (["--demo", "--layers", "0-99999999999"], "up to 65535"),
+    "longer number": (["--demo", "--experts", "9" * 5000], "up to 65535"),
     "config": (["--config", "/no/such/file.toml", "--demo"], "/no/such/file.toml: No such file"),
 }
 

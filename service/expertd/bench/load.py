@@ -36,10 +36,12 @@ class Layer:
     backend: str | None = None
 
 
-def find_layer(target: str, model: str, number: int, backend: str | None = None) -> Layer:
+def find_layer(
+    target: str, model: str, number: int, backend: str | None = None, timeout: float = 30.0
+) -> Layer:
     """Asks the server for the layer's sizes; raises the client's errors."""
     with Client(target) as client:
-        info = client.layer(model, number)
+        info = client.layer(model, number, timeout=timeout)
     return Layer(target, model, number, info.hidden, info.num_experts, info.top_k, backend)
 
 

@@ -66,9 +66,14 @@ class Workers(Closing):
     def run(self, shares: Sequence[Share]) -> list[Outcome]:
         """Runs one share in each process, all at once; raises what a worker did."""
         lines = self._lines[: len(shares)]
-        for line, share in zip(lines, shares, strict=True):
-            line.send(share)
-        outcomes = [line.recv() for line in lines]
+        try:
+            for line, share in zip(lines, shares, strict=True):
+                line.send(share)
+            outcomes = [line.recv() for line in lines]
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise ExpertdError(
+                "a process of callers was killed; is there memory for all?"
+            ) from None
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -104,10 +109,15 @@ def _work(line: Connection) -> None:
             share = line.recv()
         except (EOFError, KeyboardInterrupt):
             return
+        outcome: Outcome | Exception
         try:
-            line.send(run_share(share))
+            outcome = run_share(share)
         except Exception as error:
-            line.send(error)
+            outcome = error
+        try:
+            line.send(outcome)
+        except BrokenPipeError:  # the bench was ended meanwhile
+            return
 
 
 def run_share(share: Share) -> Outcome:

@@ -80,12 +80,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"expertd: {error}", file=sys.stderr)
         return 1
     title = f"{args.model}/{args.layer} over {args.carrier}"
-    if args.plot:
-        args.plot.write_text(plot(title, summaries), encoding="utf-8")
     if args.json:
         print(json.dumps({"layer": title, "cells": [cell.as_json() for cell in summaries]}))
     else:
         console().print(folded(_table(title, summaries)))
+    if args.plot:  # last: where it cannot be written, the figures are there
+        args.plot.write_text(plot(title, summaries), encoding="utf-8")
     return 0 if all(summary.calls for summary in summaries) else 1
 
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _call(args: argparse.Namespace) -> Reply[NDArray[Any]]:
-    layer = find_layer(args.target, args.model, args.layer, args.backend)
+    layer = find_layer(args.target, args.model, args.layer, args.backend, args.timeout)
     call = make_call(layer, args.tokens, args.seed, args.routing)
     options: CallOptions = {**call.options, "request_id": args.request_id or None}
     with Client(args.target) as client:

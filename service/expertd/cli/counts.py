@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"expertd: {error}", file=sys.stderr)
         return 1
     if args.out is None:
-        sys.stdout.write(text)
+        print(text, end="")
     else:
         args.out.write_text(text)
     return 0

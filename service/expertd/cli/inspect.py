@@ -28,8 +28,8 @@ from expertd.weights.source import locate
 from expertd.weights.storage import layer_bytes
 
 Answer = dict[str, Any]
-UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
-MOST_BYTES = 1e18
+UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+LEAST_BYTES, MOST_BYTES = 1 << 10, 1 << 60
 RESERVE = 0.1
 """The part of a card that is left to activations, staging and graphs."""
 
@@ -55,11 +55,11 @@ def run(args: argparse.Namespace) -> int:
 
 def size(text: str) -> int:
     """Bytes of "80GiB", "80G" or "80e9"; for argparse."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([KMGT]?)(?:iB|B)?", text)
-    if not found or not 0 < float(found[1]) < MOST_BYTES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size like 80GiB")
-    unit = UNITS[found[2]]
-    return int(float(found[1]) * (1 << unit if unit > 1 else 1))
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?) *([KMGT]?)(?:iB|B)?", text)
+    nbytes = float(found[1]) * (1 << UNITS[found[2]]) if found else 0.0
+    if not LEAST_BYTES <= nbytes <= MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no size like 80GiB")
+    return int(nbytes)
 
 
 def inspect(path: Path, device: DeviceInfo, gpu: int | None, count: int) -> Answer:

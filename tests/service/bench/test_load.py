@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -14,7 +15,8 @@ from expertd.bench.load import Cell, Layer, make_call
 from expertd.bench.pace import Pace
 from expertd.bench.plot import plot
 from expertd.bench.summary import summarize
-from expertd.bench.workers import Outcome, Sample, Share, split
+from expertd.bench.workers import Outcome, Sample, Share, Workers, split
+from expertd_client import ExpertdError
 
 LAYER = Layer("nowhere:1", "demo", 0, 64, 8, 2)
 MS = 1_000_000
@@ -41,6 +43,16 @@ def test_no_caller_is_lost_among_the_processes(callers: int, processes: int, rat
     assert sum(share.cell.concurrency for share in shares) == callers
     assert sum(share.cell.rate for share in shares) == pytest.approx(rate)
     assert len({share.seed for share in shares}) == len(shares)
+
+
+def test_a_process_of_callers_that_is_killed_is_told() -> None:
+    share = Share(LAYER, Cell(1, 1), 1.0, 0, "topk")
+    with Workers(1) as workers:
+        (child,) = multiprocessing.active_children()
+        child.kill()
+        child.join()
+        with pytest.raises(ExpertdError, match="killed"):
+            workers.run([share])
 
 
 def test_the_bytes_of_a_call_are_those_that_travel() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -108,6 +109,13 @@ def test_inspect_of_no_checkpoint_fails(
 )
 def test_sizes(text: str, expected: int) -> None:
     assert size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["80", "1.2.3G", "0GiB", "G", "1e30T", "1e999", "-80GiB", "80Gb"])
+def test_what_is_no_size_of_a_card(text: str) -> None:
+    """80 alone would be bytes: of such a card no tenth part could be left, nor a layer held."""
+    with pytest.raises(argparse.ArgumentTypeError, match="is no size like 80GiB"):
+        size(text)
 
 
 def specs_of(tmp_path: Path) -> tuple[dict[int, LayerSpec], int]:
