@@ -50,6 +50,8 @@ class HttpServer:
         self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((host, port))
+        # At once: a port that another socket listens on may be bound, and is refused only here.
+        self._socket.listen(self._config.backlog)
         return int(self._socket.getsockname()[1])
 
     def start(self) -> None:
