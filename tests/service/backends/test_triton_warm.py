@@ -12,6 +12,7 @@ import torch
 from tests.compiled import CARDS, CELLS, backend_of
 
 from expertd.backends.triton import align as sorting
+from expertd.backends.triton import combine as adding
 from expertd.backends.triton.backend import Triton
 from expertd.capability.row import Row
 from expertd.core import QuantScheme
@@ -66,3 +67,14 @@ def test_no_size_needs_what_no_bucket_did(
     warm = set().union(*(compiled(backend, size, top_k) for size in token_buckets(LARGEST)))
     for tokens in SIZES:
         assert compiled(backend, tokens, top_k) <= warm, tokens
+
+
+def test_whatever_k_is_few_kernels_add_up_its_parts() -> None:
+    """Any caller chooses K: each kernel more is compiled while all calls wait."""
+    noted: set[tuple[object, ...]] = set()
+    recorder: Any = Recorder("_combine", noted)
+    with patch.object(adding, "_combine", recorder):
+        for top_k in range(1, 257):
+            ids = torch.zeros(1, top_k, dtype=torch.int32)
+            adding.combine(torch.zeros(top_k, 8), ids, torch.zeros(1, 8), 0, 256)
+    assert len(noted) == 9

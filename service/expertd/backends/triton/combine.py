@@ -27,13 +27,15 @@ def combine(parts: Tensor, ids: Tensor, out: Tensor, first: int, held: int) -> N
         out.stride(0),
         first,
         held,
-        TOP_K=top_k,
+        top_k,
+        # A caller's K may be any: few kernels serve all.
+        SLOTS=triton.next_power_of_2(top_k),
         COLUMNS=columns,
         **chained(out.device),
     )
 
 
-@triton.jit(do_not_specialize=["first", "held"])
+@triton.jit(do_not_specialize=["first", "held", "top_k"])
 def _combine(
     parts_ptr,
     ids_ptr,
@@ -42,7 +44,8 @@ def _combine(
     out_stride,
     first,
     held,
-    TOP_K: tl.constexpr,
+    top_k,
+    SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -51,9 +54,9 @@ def _combine(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < hidden
     total = tl.zeros((COLUMNS,), dtype=tl.float32)
-    for slot in range(TOP_K):
-        pair = row * TOP_K + slot
-        expert = tl.load(ids_ptr + pair) - first
+    for slot in range(SLOTS):
+        pair = row * top_k + slot
+        expert = tl.load(ids_ptr + pair, mask=slot < top_k, other=-1) - first
         mine = there & (expert >= 0) & (expert < held)
         # Read once: what the cache still has of the last experts' parts need not give way to it.
         part = tl.load(
