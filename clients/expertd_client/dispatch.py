@@ -141,25 +141,26 @@ class Delivery:
         return await off(self._call.hidden_states.nbytes, partial(self._outcome, place, got))
 
     async def _what_can_be_had(self, place: Placement, work: Work) -> Got:
-        """What is there shortly before the deadline."""
+        """What is there shortly before the deadline; nothing waits for what nobody can do now."""
         try:
             async with asyncio.timeout(self._most()):
-                split = await self._placed(place, work, NOBODY)
+                split = await self._placed(place, work, NOBODY, some=True)
         except TimeoutError:
             return Got(missing=[work])
-        tasks = {
-            asyncio.ensure_future(self._carried(place, part, NOBODY)): part for part in split.parts
-        }
+        steps = [(self._carried(place, part, NOBODY), part.work) for part in split.parts]
+        if split.missing is not None:
+            steps.append((self._deliver(place, split.missing), split.missing))
+        tasks = {asyncio.ensure_future(step): its_work for step, its_work in steps}
         try:
             if tasks:
-                await asyncio.wait(tasks, timeout=self._most())
+                await asyncio.wait(tasks, timeout=self._most(), return_when="FIRST_EXCEPTION")
             done = [
-                task.result() if task.done() else Got(missing=[part.work])
-                for task, part in tasks.items()
+                task.result() if task.done() else Got(missing=[its_work])
+                for task, its_work in tasks.items()
             ]
         finally:
             await cancel(tasks)
-        return Got.joined(split.missing, done)
+        return Got.joined(None, done)
 
     def _most(self) -> float | None:
         left = self._left()
@@ -198,9 +199,11 @@ class Delivery:
                 return Got.joined(split.missing, await together(parts))
             (part,) = split.parts
 
-    async def _placed(self, place: Placement, work: Work, excluded: frozenset[str]) -> Split:
+    async def _placed(
+        self, place: Placement, work: Work, excluded: frozenset[str], *, some: bool = False
+    ) -> Split:
         """Who is to do it; their load grows at once, so that the next call sees it."""
-        split = await place.place(work, excluded, self._desk.callers)
+        split = await place.place(work, excluded, self._desk.callers, some=some)
         parts = tuple(smaller for part in split.parts for smaller in self._messages(part))
         for part in parts:
             replica = self._desk.fleet.replicas[part.holder.name]

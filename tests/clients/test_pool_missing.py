@@ -11,11 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.clients.fleets import HIDDEN, LAYER, MODEL, TABLE, FakeLink, ranges, routed, whole
-from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, assert_right, hang, pool_over
+from tests.clients.pooling import (
+    FOUR,
+    LOGITS,
+    ROWS,
+    ask,
+    assert_right,
+    drawn,
+    failing,
+    hang,
+    pool_over,
+)
 from tests.waiting import until
 
 from expertd_client import ExpertPool
-from expertd_client.errors import DeadlineExceeded, ExpertsUnavailable
+from expertd_client.errors import (
+    DeadlineExceeded,
+    ExpertsUnavailable,
+    InvalidArgument,
+    Overloaded,
+)
 
 
 def test_a_call_waits_for_experts_that_nobody_holds() -> None:
@@ -120,6 +135,37 @@ def test_what_could_be_had_in_time(impatient: None) -> None:
         reply = ask(pool, partial="allow", timeout=0.6)
         assert 0.4 <= time.monotonic() - begin < 5
     assert 0 < reply.complete_rows.sum() < len(ROWS)
+
+
+def test_what_could_be_had_while_somebody_is_left_alone() -> None:
+    """Experts whose holder is busy are waited for; those of the others are not lost with them."""
+    fleet = ranges((0, 8), (8, 16))
+    fleet[1].script = failing(Overloaded("busy", retry_seconds=60))
+    with pool_over(fleet) as pool:
+        pool.layers(MODEL)
+        first, second = (ask(pool, partial="allow", timeout=1) for _ in range(2))
+    assert len(fleet[1].calls) == 1
+    assert second.complete_rows.tolist() == first.complete_rows.tolist()
+    assert 0 < second.complete_rows.sum() < len(ROWS)
+    np.testing.assert_array_equal(first.output, second.output)
+
+
+def test_what_could_be_had_of_no_rows() -> None:
+    rows, logits = drawn(0)
+    with pool_over(ranges(*FOUR)) as pool:
+        output, complete = pool.forward(MODEL, LAYER, rows, router_logits=logits, partial="allow")
+    assert output.shape == (0, HIDDEN) and complete.shape == (0,)
+
+
+def test_a_mistake_in_one_part_is_told_before_the_others_are_done() -> None:
+    fleet = ranges((0, 8), (8, 16))
+    fleet[0].script, fleet[1].script = hang, failing(InvalidArgument("twice"))
+    with pool_over(fleet) as pool:
+        pool.layers(MODEL)
+        begin = time.monotonic()
+        with pytest.raises(InvalidArgument, match="twice"):
+            ask(pool, partial="allow", timeout=40)
+        assert time.monotonic() - begin < 20
 
 
 def test_a_call_that_must_not_wait_lets_everybody_speak_first() -> None:

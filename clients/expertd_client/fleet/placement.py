@@ -54,11 +54,13 @@ class Placement:
         self.sums = policy.sums(edition)
         self.waiting: set[str] = set()
 
-    async def place(self, work: Work, excluded: frozenset[str], callers: int) -> Split:
+    async def place(
+        self, work: Work, excluded: frozenset[str], callers: int, *, some: bool = False
+    ) -> Split:
         """Parts for those who can; waits while nobody can, unless work may be left out.
 
-        Replicas in excluded, and those that are stalled, are asked only if there is no other.
-        Raises ExpertsUnavailable, or Changed.
+        some: waits only while nobody can do anything of it. Replicas in excluded, and those that
+        are stalled, are asked only if there is no other. Raises ExpertsUnavailable, or Changed.
         """
         while True:
             stalled = {r.target for r in self._fleet.replicas.values() if r.stalled}
@@ -66,6 +68,8 @@ class Placement:
                 split = self.split(work, barred, callers)
                 if split.missing is None:
                     return split
+            if some and split.parts:
+                return split
             assert split.missing is not None
             nobody = self.split(work, frozenset(), callers, paused=True).missing
             text = self._text(nobody or split.missing)
