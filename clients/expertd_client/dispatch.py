@@ -314,10 +314,10 @@ class Delivery:
             return self._last
         if self._place is None:
             return none_ready(self._desk.fleet, (self._call.model, self._call.layer))
+        last = f"the last error: {self._last}" if self._last else ""
         if self._place.waiting:
-            return self._place.unavailable(list(self._place.waiting))
-        last = f"; the last error: {self._last}" if self._last else ""
-        return DeadlineExceeded(f"no answer within the deadline{last}")
+            return self._place.unavailable([*sorted(self._place.waiting), last])
+        return DeadlineExceeded("; ".join(filter(None, ("no answer within the deadline", last))))
 
     def _outcome(self, place: Placement, got: Got) -> Outcome:
         tokens, hidden = self._call.tokens, place.edition.layer.hidden

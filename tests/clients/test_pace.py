@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertd_client.fleet.pace import FRESH_SECONDS, Allowance, Latencies, Pace, Pause
+from expertd_client.fleet.pace import (
+    FRESH_SECONDS,
+    MOST_HINT_SECONDS,
+    Allowance,
+    Latencies,
+    Pace,
+    Pause,
+)
 
 
 def test_speed_is_what_was_done_while_busy() -> None:
@@ -71,3 +78,9 @@ def test_pauses_grow_and_end() -> None:
     assert pause.over(0.0)
     pause.failed(now, hint=0.25)
     assert pause.until == now + 0.25
+
+
+def test_nobodys_wish_to_be_left_alone_is_obeyed_for_ever() -> None:
+    pause = Pause()
+    pause.failed(0.0, hint=1e9)
+    assert not pause.over(MOST_HINT_SECONDS / 2) and pause.over(MOST_HINT_SECONDS)

@@ -27,6 +27,7 @@ from tests.waiting import until
 from expertd_client import ExpertPool
 from expertd_client.errors import (
     DeadlineExceeded,
+    ExpertdError,
     ExpertsUnavailable,
     InvalidArgument,
     Overloaded,
@@ -148,6 +149,15 @@ def test_what_could_be_had_while_somebody_is_left_alone() -> None:
     assert second.complete_rows.tolist() == first.complete_rows.tolist()
     assert 0 < second.complete_rows.sum() < len(ROWS)
     np.testing.assert_array_equal(first.output, second.output)
+
+
+def test_what_a_replica_said_last_is_told_when_there_is_nobody_else() -> None:
+    fleet = whole(1)
+    fleet[0].script = failing(ExpertdError("a fault of ours, number 7"))
+    with pool_over(fleet) as pool:
+        pool.layers(MODEL)
+        with pytest.raises(ExpertdError, match="the last error: a fault of ours, number 7"):
+            ask(pool, timeout=0.5)
 
 
 def test_what_could_be_had_of_no_rows() -> None:

@@ -12,6 +12,9 @@ FIRST_SPEED = 10_000.0
 FRESH_SECONDS = 5.0
 """A measure older than this is forgotten, so that a replica that was slow is tried again."""
 
+MOST_HINT_SECONDS = 10.0
+"""No replica's own wish to be left alone is obeyed for longer: it may be the only one there is."""
+
 _FADE = 0.9
 _LEAST_SAMPLES = 16
 
@@ -92,7 +95,8 @@ class Pause:
         """Leave it alone; hint is the time that the replica itself asks for."""
         backoff = min(self.longest, self.first * 2**self.failures) * random.uniform(0.5, 1.0)
         self.failures = min(self.failures + 1, 16)
-        self.until = max(self.until, now + (backoff if hint is None else hint))
+        wished = backoff if hint is None else min(hint, MOST_HINT_SECONDS)
+        self.until = max(self.until, now + wished)
 
     def succeeded(self) -> None:
         self.failures, self.until = 0, 0.0

@@ -133,7 +133,7 @@ class Placement:
     def unavailable(self, texts: Sequence[str]) -> ExpertsUnavailable:
         """The error that names the layer and what it lacks."""
         model, layer = self._layer
-        return ExpertsUnavailable(f"layer {model}/{layer}: {'; '.join(sorted(texts))}")
+        return ExpertsUnavailable(f"layer {model}/{layer}: {'; '.join(filter(None, texts))}")
 
 
 async def agreed_edition(fleet: Fleet, layer: tuple[str, int], policy: Policy) -> Edition:
