@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import socket
@@ -128,6 +129,17 @@ def test_a_full_disk_is_told_in_one_line_and_nothing_is_left(home: Path, family:
     )
     assert ended.returncode == 1 and "File too large" in ended.stderr
     assert "Traceback" not in ended.stderr and list(out.parent.iterdir()) == []
+
+
+def test_sizes_for_which_there_is_no_memory_are_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise MemoryError("Unable to allocate 32.0 GiB")
+
+    monkeypatch.setattr("expertd.cli.health.run", run)
+    assert main(["health", "127.0.0.1:1"]) == 1
+    assert capsys.readouterr().err == "expertd: not enough memory: Unable to allocate 32.0 GiB\n"
 
 
 def test_unknown_commands_and_no_command_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

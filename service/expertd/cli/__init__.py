@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a file that may not be read: not a fault of ours
         print(f"expertd: {error}", file=sys.stderr)
         return 1
+    except MemoryError as error:  # sizes that were asked for, such as --tokens of a call
+        print(f"expertd: not enough memory: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 
