@@ -20,6 +20,7 @@ from expertd.capability.device import DeviceInfo, detect
 from expertd.capability.drift import drift
 from expertd.capability.match import device_refusals
 from expertd.capability.rows import ROWS
+from expertd.capability.rows.triton import ARCHS as TRITON_ARCHS
 from expertd.config import Settings, cache_directory
 from expertd.core.buckets import token_buckets
 from expertd.engine.engine import Engine, EngineOptions
@@ -197,8 +198,14 @@ def build_info(device: DeviceInfo) -> dict[str, str]:
 
 
 def _device(settings: Settings) -> DeviceInfo:
-    """The device to serve on; raises InvalidArgument if the pinned backend never runs there."""
+    """The device to serve on; raises InvalidArgument if it, or the pinned backend, cannot serve."""
     found = simulate(settings.simulate) if settings.simulate else detect(settings.device)
+    if found.kind == "cuda" and found.arch not in TRITON_ARCHS:
+        # Our router and checks are Triton's on every card; for sm107 its compiler ends the process.
+        raise InvalidArgument(
+            f"{found.name} is {found.arch}, which Triton cannot compile for; "
+            f"cards of {', '.join(TRITON_ARCHS)} serve, and --device cpu"
+        )
     pinned = [row for row in ROWS if row.backend == settings.backend]
     reasons = [device_refusals(row, found) for row in pinned]
     if pinned and all(reasons):
