@@ -33,6 +33,7 @@ from tests.e2e.test_metrics import Change, scrape
 
 from expertd.bench.load import Cell, Layer, find_layer, make_call
 from expertd.bench.summary import Summary, summarize
+from expertd.bench.target import Target
 from expertd.bench.workers import Share, Workers, split
 from expertd_client import Client
 from expertd_client.calls import encode_call
@@ -63,7 +64,7 @@ class Bench:
     found: Found
 
     def layer(self, model: str) -> Layer:
-        return find_layer(self.server.grpc, model, 0)
+        return find_layer(Target(self.server.grpc), model, 0)
 
     def load(self, layer: Layer, cell: Cell, seconds: float = 0.0) -> Summary:
         share = Share(layer, cell, seconds or self.seconds, 0, "topk")

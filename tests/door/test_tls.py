@@ -109,6 +109,64 @@ def test_without_a_certificate_nobody_comes_in(secure: Server, authority: Author
         plain.get(f"http://{secure.http}/healthz")
 
 
+CALLS = {
+    "health": (),
+    "call": ("--model", "demo", "--layer", "0"),
+    "counts": ("--model", "demo"),
+    "bench": (*("--model", "demo", "--layer", "0", "--tokens", "1", "--concurrency", "1"),)
+    + ("--duration", "0.2", "--processes", "1"),
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(home: Path, authority: Authority) -> Iterator[Server]:
+    """One that wants a token, too."""
+    pair = authority.issue("guarded", 4)
+    (home / "guard").write_text("infer secret-and-long-enough\n")
+    flags = ("--tls-cert", str(pair.certificate), "--tls-key", str(pair.key))
+    ca = ("--tls-client-ca", str(authority.pair.certificate))
+    with serving(home, "--demo", *flags, *ca, "--tokens", str(home / "guard")) as running:
+        yield running
+
+
+@pytest.mark.parametrize("command", CALLS)
+def test_commands_are_let_in(
+    command: str, guarded: Server, authority: Authority, home: Path
+) -> None:
+    client = authority.issue(command, 5)
+    (home / "token").write_text("secret-and-long-enough\n")
+    files = {
+        "--tls-ca": authority.pair.certificate,
+        "--tls-cert": client.certificate,
+        "--tls-key": client.key,
+        "--token-file": home / "token",
+    }
+    flags = [str(word) for pair in files.items() for word in pair]
+    done = expertd(home, command, guarded.grpc, *CALLS[command], *flags)
+    assert done.returncode == 0, done.stderr
+    assert "secret" not in done.stdout + done.stderr
+    if command != "health":  # which is open to everybody who is who he says
+        (home / "other").write_text("another-and-long-enough\n")
+        refused = expertd(
+            home, command, guarded.grpc, *CALLS[command], *flags[:-1], str(home / "other")
+        )
+        assert refused.returncode == 1 and "expertd: " in refused.stderr
+        assert "another" not in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--tls-cert", __file__), "--tls-key"),
+        (("--tls-cert", __file__, "--tls-key", __file__), "--tls-ca"),
+        (("--tls-ca", "nowhere"), "'nowhere' given; it cannot be read: No such file"),
+    ],
+)
+def test_files_that_do_not_belong_together(home: Path, flags: tuple[str, ...], says: str) -> None:
+    ended = expertd(home, "health", "127.0.0.1:1", *flags)
+    assert ended.returncode == 2 and says in ended.stderr
+
+
 def served_serial(address: str, made: ssl.SSLContext) -> str:
     """The serial number of the certificate that a fresh connection is shown."""
     host, port = address.split(":")

@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from expertd_client import Client, Overloaded
+from expertd.bench.target import Target
+from expertd_client import Overloaded
 from expertd_client.calls import CallOptions
 
 
@@ -27,7 +28,7 @@ class Cell:
 class Layer:
     """The layer that is called, and the sizes that a call of it needs."""
 
-    target: str
+    target: Target
     model: str
     number: int
     hidden: int
@@ -37,10 +38,10 @@ class Layer:
 
 
 def find_layer(
-    target: str, model: str, number: int, backend: str | None = None, timeout: float = 30.0
+    target: Target, model: str, number: int, backend: str | None = None, timeout: float = 30.0
 ) -> Layer:
     """Asks the server for the layer's sizes; raises the client's errors."""
-    with Client(target) as client:
+    with target.client() as client:
         info = client.layer(model, number, timeout=timeout)
     return Layer(target, model, number, info.hidden, info.num_experts, info.top_k, backend)
 
@@ -81,5 +82,5 @@ def _routing(random: np.random.Generator, tokens: int, layer: Layer, routing: st
 def try_call(layer: Layer, routing: str) -> None:
     """Raises what the server has against the layer's smallest call, unless it is merely busy."""
     call = make_call(layer, 1, 0, routing)
-    with Client(layer.target) as client, suppress(Overloaded):
+    with layer.target.client() as client, suppress(Overloaded):
         client.call(layer.model, layer.number, call.rows, **call.options)

@@ -123,7 +123,7 @@ def _work(line: Connection) -> None:
 def run_share(share: Share) -> Outcome:
     """All callers of one process, as threads on one connection."""
     call = make_call(share.layer, share.cell.tokens, share.seed, share.routing)
-    with Client(share.layer.target) as client:
+    with share.layer.target.client() as client:
         for _ in range(WARM_UP_CALLS):
             _answer(client, share.layer, call)
         outcome, lock = Outcome(), threading.Lock()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
+from expertd.bench.target import Target
 from expertd.config import number
+from expertd.errors import InvalidArgument
 
 T = TypeVar("T")
 
@@ -37,10 +40,36 @@ def _address(text: str) -> str:
 address = accepted(_address)
 
 
+def _contents(name: str) -> bytes:
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {error.strerror}") from None
+
+
+contents = accepted(_contents)
+
+
 def add_target(parser: argparse.ArgumentParser) -> None:
-    """TARGET: which server a command asks."""
+    """TARGET: which server a command asks, and how it is let in."""
     told = "the server's gRPC address, HOST:PORT"
     parser.add_argument("target", metavar="TARGET", type=address, help=told)
+    files = {
+        "--token-file": "the bearer token, alone in a file",
+        "--tls-ca": "speak TLS, and trust these authorities (PEM)",
+        "--tls-cert": "with --tls-ca and --tls-key: our certificate, for mutual TLS",
+        "--tls-key": "and its key",
+    }
+    for flag, what in files.items():
+        parser.add_argument(flag, type=contents, metavar="FILE", help=what)
+
+
+def target(args: argparse.Namespace) -> Target:
+    """What add_target's arguments say; raises InvalidArgument where they do not belong together."""
+    if bool(args.tls_cert) != bool(args.tls_key) or (args.tls_cert and not args.tls_ca):
+        raise InvalidArgument("--tls-cert and --tls-key belong together, and to --tls-ca")
+    token = None if args.token_file is None else args.token_file.decode("utf-8", "replace").strip()
+    return Target(args.target, token, args.tls_ca, args.tls_cert, args.tls_key)
 
 
 rows = accepted(number(0, 1 << 24))

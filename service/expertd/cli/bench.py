@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot and not args.plot.parent.is_dir():
         raise InvalidArgument(f"--plot {args.plot}: {args.plot.parent} is not a directory")
     try:
-        layer = find_layer(args.target, args.model, args.layer, args.backend)
+        layer = find_layer(arguments.target(args), args.model, args.layer, args.backend)
         try_call(layer, args.routing)
         summaries = list(_measure(args, layer))
     except ExpertdError as error:

@@ -15,7 +15,7 @@ from rich.table import Table
 from expertd.bench.load import find_layer, make_call
 from expertd.cli import arguments
 from expertd.cli.tables import console
-from expertd_client import Client, ExpertdError, Reply
+from expertd_client import ExpertdError, Reply
 from expertd_client.calls import CallOptions
 
 
@@ -46,10 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _call(args: argparse.Namespace) -> Reply[NDArray[Any]]:
-    layer = find_layer(args.target, args.model, args.layer, args.backend, args.timeout)
+    target = arguments.target(args)
+    layer = find_layer(target, args.model, args.layer, args.backend, args.timeout)
     call = make_call(layer, args.tokens, args.seed, args.routing)
     options: CallOptions = {**call.options, "request_id": args.request_id or None}
-    with Client(args.target) as client:
+    with target.client() as client:
         return client.call(args.model, args.layer, call.rows, timeout=args.timeout, **options)
 
 

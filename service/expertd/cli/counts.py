@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        with Client(args.target) as client:
+        with arguments.target(args).client() as client:
             text = json.dumps(counts_of(client, args.model), indent=1) + "\n"
     except ExpertdError as error:
         print(f"expertd: {error}", file=sys.stderr)

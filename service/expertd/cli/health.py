@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from expertd.cli import arguments
-from expertd_client import Client
+from expertd_client import ExpertdError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,7 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with Client(args.target) as client:
-        ready = client.health()
+    try:
+        with arguments.target(args).client() as client:
+            ready = client.health()
+    except ExpertdError as error:
+        print(f"expertd: {error}", file=sys.stderr)
+        return 1
     print("ready" if ready else "not ready")
     return 0 if ready else 1
