@@ -40,6 +40,9 @@ _MARGIN_SECONDS = 0.05
 MOST_ON_THE_WAY = 2
 """Messages of one call that a replica is sent at once: one travels while another is computed."""
 
+MOST_FAULTY = 2
+"""A call that so many replicas answer with their own fault is not tried at others."""
+
 NOBODY: frozenset[str] = frozenset()
 
 
@@ -104,6 +107,7 @@ class Delivery:
         self._place: Placement | None = None
         self._last: ExpertdError | None = None
         self._attempts = 0
+        self._faulty: set[str] = set()
         self._reserved: dict[int, tuple[Part, Replica]] = {}
         self._lanes: dict[str, asyncio.Semaphore] = {}
 
@@ -188,7 +192,7 @@ class Delivery:
                 async with self._lane(part):
                     return await self._raced(place, part, excluded)
             except ExpertdError as error:
-                if final(error):
+                if final(error) or self._is_the_calls_own(error, part.holder.name):
                     raise
                 self._last = error
             excluded |= {part.holder.name}
@@ -198,6 +202,12 @@ class Delivery:
                 parts = [self._carried(place, smaller, excluded) for smaller in split.parts]
                 return Got.joined(split.missing, await together(parts))
             (part,) = split.parts
+
+    def _is_the_calls_own(self, error: ExpertdError, name: str) -> bool:
+        """Whether a further replica has failed in itself: then it is the call, most likely."""
+        if error.reason == "INTERNAL":
+            self._faulty.add(name)
+        return len(self._faulty) >= MOST_FAULTY
 
     async def _placed(
         self, place: Placement, work: Work, excluded: frozenset[str], *, some: bool = False

@@ -255,3 +255,12 @@ def _is_class(node: ast.stmt) -> bool:
 def _pause() -> bool:
     time.sleep(0.05)
     return False
+
+
+def test_an_internal_error_without_a_reason_is_the_carriers(client: Any, server: Server) -> None:
+    """A stream that breaks off ends so; others may be asked."""
+    server.answers[methods.FORWARD] = lambda request, context: context.abort(
+        grpc.StatusCode.INTERNAL, "Stream removed"
+    )
+    with pytest.raises(Unavailable, match="Stream removed"):
+        client.forward("demo", 0, ROWS)

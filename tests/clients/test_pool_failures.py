@@ -82,6 +82,25 @@ def test_what_every_replica_would_say_is_not_asked_again(error: ExpertdError) ->
     assert fleet.attempts == 1
 
 
+def test_a_call_that_replicas_fail_on_is_not_tried_at_all_of_them() -> None:
+    """Else one such call would take every replica out of use for a while."""
+    fleet = whole(5)
+    for server in fleet:
+        server.script = failing(ExpertdError("the server's log says why", reason="INTERNAL"))
+    with pool_over(fleet) as pool, pytest.raises(ExpertdError, match="the server's log says"):
+        pool.forward(MODEL, LAYER, ROWS[:2], router_logits=LOGITS[:2])
+    assert fleet.attempts == 2
+
+
+def test_the_faults_of_one_replica_are_its_own() -> None:
+    fleet = whole(3)
+    fleet[0].script = failing(ExpertdError("a broken card", reason="INTERNAL"))
+    with pool_over(fleet) as pool:
+        pool.layers(MODEL)
+        for _ in range(3):
+            assert_right(ask(pool).output, ROWS, LOGITS)
+
+
 def test_an_error_that_counts_rows_says_among_which() -> None:
     """A part's own row 3 is another row of the call."""
     fleet = whole(2)

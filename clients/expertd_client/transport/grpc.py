@@ -88,6 +88,9 @@ class GrpcSettings:
         if not found.reason and found.code == "CANCELLED":
             # Nobody here cancelled it: a server that shuts down drops what it has not taken so.
             return Unavailable("the server went away before it took this call; retry elsewhere")
+        if not found.reason and found.code == "INTERNAL":
+            # A server says its reason: this is of a stream that broke off, or a proxy's.
+            return Unavailable(f"no server answered: {found.message}")
         return error_for(*found)
 
     def _too_large(self, text: str) -> InvalidArgument:
