@@ -48,18 +48,21 @@ def _sources(package: Path) -> str:
     digest = hashlib.sha256()
     for room in ROOMS:
         for path in sorted((package / room).rglob("*")):
-            if path.suffix in (".py", ".json"):
+            # Editors leave links there that lead nowhere.
+            if path.suffix in (".py", ".json") and path.is_file():
                 digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def _modules(flashinfer: str | None) -> Iterator[Path]:
     """FlashInfer's compiled MoE kernels: those it brought, and those built on this machine."""
+    if flashinfer is None:
+        return
     spec = util.find_spec("flashinfer")
     for place in (spec.submodule_search_locations if spec else None) or ():
         yield from sorted(Path(place, "data", "aot").glob(MODULES))
     home = Path(os.environ.get("FLASHINFER_WORKSPACE_BASE") or Path.home())
-    built = home / ".cache" / "flashinfer" / str(flashinfer)
+    built = home / ".cache" / "flashinfer" / flashinfer
     yield from sorted(built.glob(f"*/cached_ops/{MODULES}"))
 
 

@@ -200,8 +200,11 @@ class Health(health.HealthServicer):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grpc-health")
-        super().__init__(experimental_non_blocking=True, experimental_thread_pool=self._threads)
+        super().__init__()
         self.Check = beside(super().Check, self._threads)
+        # Its own way to name threads marks the class: another server's end would take them away.
+        self.Watch = beside(super().Watch, self._threads)
+        self.Watch.experimental_non_blocking = True  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Ends its thread; nobody asks any more."""

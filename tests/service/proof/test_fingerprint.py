@@ -64,3 +64,24 @@ def test_code_that_changes_without_a_new_version_is_another(name: str, tmp_path:
         facts._sources.cache_clear()
         told.add(facts._sources(tmp_path))
     assert len(told) == 2
+
+
+def test_a_link_that_leads_nowhere_keeps_no_server_from_starting(tmp_path: Path) -> None:
+    room = tmp_path / "backends"
+    room.mkdir()
+    facts._sources.cache_clear()
+    before = facts._sources(tmp_path)
+    (room / ".#open.py").symlink_to("someone@somewhere.1:2")
+    facts._sources.cache_clear()
+    assert facts._sources(tmp_path) == before
+
+
+def test_without_flashinfer_its_modules_are_not_looked_for(
+    here: DeviceInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("FLASHINFER_WORKSPACE_BASE")
+    monkeypatch.setattr(facts.Path, "home", homeless)
+    assert fingerprint(replace(here, flashinfer=None))
