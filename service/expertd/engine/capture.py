@@ -16,6 +16,8 @@ capturing = threading.Lock()
 """Held while a graph is captured. Whoever waits for the whole device takes it too: to do that
 meanwhile is an error for both, on whatever thread, and torch's allocator gives nothing back then.
 """
+_spoilt: list[tuple[torch.cuda.MemPool, torch.cuda.CUDAGraph]] = []
+"""What captures that could not be ended had; nothing else may come where it was."""
 
 
 class Capture(Protocol):
@@ -43,8 +45,8 @@ class CudaCapture:
             warm()
             torch.cuda.synchronize()
             with capturing, torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
                 try:
+                    graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
                     run()
                 except BaseException:
                     with suppress(RuntimeError):  # it says that the capture failed, not why
@@ -56,12 +58,15 @@ class CudaCapture:
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends the capture for torch's allocator too, which goes on with it where it failed: from
-        then on it could give no memory back."""
+        then on it could give no memory back. That of pinned memory cannot be told; it would refuse
+        another capture with this pool, and asks this graph for good."""
         try:
             graph.capture_end()
         except RuntimeError:
             with suppress(RuntimeError):  # it has ended
                 torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool.id)
+            _spoilt.append((self._pool, graph))
+            self._pool = torch.cuda.MemPool()
             raise
 
 

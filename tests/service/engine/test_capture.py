@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,8 @@ class Card:
         self.capturing = False
         self.current = torch.device("cuda:0")
         self.pools_ended: list[tuple[int, object]] = []
+        self.pools = count(7)
+        self.recording: set[object] = set()
 
     @contextmanager
     def used(self, device: torch.device) -> Iterator[None]:
@@ -38,7 +41,7 @@ class Card:
         self.current = torch.device("cuda:0")
 
     def pool(self) -> object:
-        return SimpleNamespace(id=(0, 7), device=self.current)
+        return SimpleNamespace(id=(0, next(self.pools)), device=self.current)
 
     def stream(self, device: torch.device) -> object:
         self.streams += 1
@@ -59,12 +62,16 @@ class Graph:
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
         assert capture_error_mode == "thread_local"
-        self._card.capturing = True
+        if pool in self._card.recording:  # which torch's allocator of pinned memory looks at last
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self._card.capturing, self._pool = True, pool
+        self._card.recording.add(pool)
 
     def capture_end(self) -> None:
         self._card.capturing = False
         if not self.ends_well:
             raise RuntimeError("CUDA error: operation failed due to a previous error")
+        self._card.recording.remove(self._pool)
 
     def replay(self) -> None: ...
 
@@ -153,6 +160,31 @@ def test_a_capture_that_fails_at_its_end_is_over_for_the_allocator(
     with pytest.raises(ZeroDivisionError):
         CudaCapture(CARD)(lambda: None, lambda: print(1 / 0))
     assert len(card.pools_ended) == 2 and not capture.capturing.locked()
+
+
+def test_after_a_capture_that_failed_at_its_end_others_go_on(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With memory of their own: torch counts the old one's as under capture for good."""
+    capture_one = CudaCapture(CARD)
+    with monkeypatch.context() as failing, pytest.raises(RuntimeError, match="previous error"):
+        failing.setattr(Graph, "ends_well", False)
+        capture_one(lambda: None, lambda: None)
+    for _ in range(2):
+        capture_one(lambda: None, lambda: None)
+
+
+def test_a_capture_that_cannot_begin_is_over_for_the_allocator(
+    card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch tells its allocator before it begins."""
+    capture_one = CudaCapture(CARD)
+    card.recording.add((0, 7))
+    with monkeypatch.context() as failing, pytest.raises(RuntimeError, match="already recording"):
+        failing.setattr(Graph, "ends_well", False)
+        capture_one(lambda: None, lambda: None)
+    assert card.pools_ended == [(0, (0, 7))]
+    capture_one(lambda: None, lambda: None)
 
 
 def test_the_memory_of_graphs_apart_outlives_them() -> None:
