@@ -25,7 +25,7 @@ from expertd_client.errors import (
 from expertd_client.fleet.editions import Edition, Offer, choose, editions
 from expertd_client.fleet.endpoints import Endpoints
 from expertd_client.fleet.link import Connect, Link
-from expertd_client.fleet.pace import FIRST_SPEED, Pace, Pause
+from expertd_client.fleet.pace import FIRST_SPEED, HOPE, Pace, Pause
 from expertd_client.sharding import Holder
 from expertd_wire.v1 import experts_pb2 as pb
 
@@ -166,13 +166,16 @@ class Fleet:
         ]
 
     def holders(self, offers: Sequence[Offer], now: float) -> list[Holder]:
-        """These replicas with their load; one that is not measured is thought to be like others."""
+        """These replicas with their load; one that is not measured is thought to be the fastest.
+
+        Else a lone caller, who asks the fastest of a range, would never come to measure it.
+        """
         replicas = [(offer, self.replicas[offer.target]) for offer in offers]
         speeds = [replica.pace.speed(now) for _, replica in replicas]
         known = [speed for speed in speeds if speed is not None]
-        usual = sum(known) / len(known) if known else FIRST_SPEED
+        hoped = HOPE * max(known) if known else FIRST_SPEED
         return [
-            replica.holder(offer, speed or usual)
+            replica.holder(offer, speed or hoped)
             for (offer, replica), speed in zip(replicas, speeds, strict=True)
         ]
 

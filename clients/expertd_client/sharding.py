@@ -172,7 +172,7 @@ def share(count: int, holders: Sequence[Holder], callers: int = 1) -> list[tuple
     able = sorted(holders, key=lambda h: (h.start + count / h.speed, h.name))[:width]
     while len(able) > 1:
         counts = _level(count, able)
-        least = min(range(len(able)), key=lambda n: counts[n])
+        least = min(range(len(able)), key=lambda n: (counts[n], -n))
         if counts[least] >= LEAST_ROWS:
             return sorted(zip(able, counts, strict=True), key=lambda taken: taken[0].name)
         del able[least]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.clients.fleets import MODEL, TABLE, FakeFleet, FakeServer, ranges, whole
+from tests.clients.fleets import LAYER, MODEL, TABLE, FakeFleet, FakeServer, ranges, whole
 from tests.clients.pooling import FOUR, LOGITS, ROWS, ask, assert_right, failing, pool_over
 from tests.waiting import until
 
@@ -230,3 +230,16 @@ def test_endpoints_are_read_again(impatient: None, tmp_path: Path) -> None:
         listed.write_text("r0:1\nr1:1\nr2:1\n")
         until(lambda: len(pool.layers(MODEL)) == 3)
     assert all(link.closed for link in fleet.links)
+
+
+def test_a_lone_caller_comes_to_ask_who_returned(impatient: None) -> None:
+    """Its twin is faster than the average of all, which the other range's holders bring down."""
+    fleet = ranges(*FOUR)
+    with pool_over(fleet) as pool:
+        pool.layers(MODEL)
+        replicas = pool._core._fleet.replicas
+        for number, speed in enumerate((0, 1000, 10, 10)):
+            pace = replicas[fleet[number].target].pace
+            pace.done, pace.busy, pace.last_end = float(speed), float(speed > 0), time.monotonic()
+        pool.forward(MODEL, LAYER, ROWS[:20], router_logits=LOGITS[:20])
+        assert (len(fleet[0].calls), len(fleet[1].calls)) == (1, 0)

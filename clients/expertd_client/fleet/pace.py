@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 FIRST_SPEED = 10_000.0
 """Rows a second that replicas are thought to do until one of them has been measured."""
 
+HOPE = 1.1
+"""How much faster than the fastest a replica is thought to be that has not been measured."""
+
 FRESH_SECONDS = 5.0
 """A measure older than this is forgotten, so that a replica that was slow is tried again."""
 
