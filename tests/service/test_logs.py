@@ -73,15 +73,21 @@ def test_the_end_waits_for_what_was_said_but_not_for_ever(
     monkeypatch.setattr(logs, "PATIENCE_SECONDS", 0.01)
     say(handler, LONG * 10_000)
     handler.flush()
-    os.read(pipe[0], 1 << 21)
+    assert handler._lines.unfinished_tasks == 1
+    # To its end: the number of a pipe that is closed meanwhile would soon be another's.
+    assert lines_until(pipe[0], LONG) == [LONG * 10_000]
+    until(lambda: not handler._lines.unfinished_tasks)
 
 
-def test_a_reader_who_has_gone_ends_nothing() -> None:
+def test_a_reader_who_has_gone_ends_nothing(pipe: tuple[int, int]) -> None:
     ends = os.pipe()
     os.close(ends[0])
     handler = Aside(ends[1])
     say(handler, "to nobody", "nor this")
     until(lambda: not handler._lines.unfinished_tasks)
+    os.dup2(pipe[1], ends[1])
+    say(handler, "to somebody again")
+    assert lines_until(pipe[0], "to somebody again") == ["to somebody again"]
     os.close(ends[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 from expertd.bench.target import Target
 from expertd.config import number
 from expertd.errors import InvalidArgument
+from expertd_client import ExpertdError
 
 T = TypeVar("T")
 
@@ -62,6 +64,19 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     }
     for flag, what in files.items():
         parser.add_argument(flag, type=contents, metavar="FILE", help=what)
+
+
+def asks(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """A command that asks a server: what the client raises becomes a line and exit code 1."""
+
+    def told(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except ExpertdError as error:
+            print(f"expertd: {error}", file=sys.stderr)
+            return 1
+
+    return told
 
 
 def target(args: argparse.Namespace) -> Target:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -24,7 +23,6 @@ from expertd.cli.arguments import accepted, listed
 from expertd.cli.tables import console, folded
 from expertd.config import number
 from expertd.errors import InvalidArgument
-from expertd_client import ExpertdError
 
 CARRIERS = ("grpc",)
 MOST_PROCESSES = 32
@@ -69,16 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw latency over rate as SVG")
 
 
+@arguments.asks
 def run(args: argparse.Namespace) -> int:
     if args.plot and not args.plot.parent.is_dir():
         raise InvalidArgument(f"--plot {args.plot}: {args.plot.parent} is not a directory")
-    try:
-        layer = find_layer(arguments.target(args), args.model, args.layer, args.backend)
-        try_call(layer, args.routing)
-        summaries = list(_measure(args, layer))
-    except ExpertdError as error:
-        print(f"expertd: {error}", file=sys.stderr)
-        return 1
+    layer = find_layer(arguments.target(args), args.model, args.layer, args.backend)
+    try_call(layer, args.routing)
+    summaries = list(_measure(args, layer))
     title = f"{args.model}/{args.layer} over {args.carrier}"
     if args.json:
         print(json.dumps({"layer": title, "cells": [cell.as_json() for cell in summaries]}))

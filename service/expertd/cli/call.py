@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from rich.table import Table
 from expertd.bench.load import find_layer, make_call
 from expertd.cli import arguments
 from expertd.cli.tables import console
-from expertd_client import ExpertdError, Reply
+from expertd_client import Reply
 from expertd_client.calls import CallOptions
 
 
@@ -34,12 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+@arguments.asks
 def run(args: argparse.Namespace) -> int:
-    try:
-        reply = _call(args)
-    except ExpertdError as error:
-        print(f"expertd: {error}", file=sys.stderr)
-        return 1
+    reply = _call(args)
     report = _report(reply, args.request_id)
     print(json.dumps(report)) if args.json else _show(report)
     return 0

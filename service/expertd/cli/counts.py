@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from expertd.cli import arguments
 from expertd.errors import InvalidArgument
-from expertd_client import Client, ExpertdError
+from expertd_client import Client
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="else to stdout")
 
 
+@arguments.asks
 def run(args: argparse.Namespace) -> int:
-    try:
-        with arguments.target(args).client() as client:
-            text = json.dumps(counts_of(client, args.model), indent=1) + "\n"
-    except ExpertdError as error:
-        print(f"expertd: {error}", file=sys.stderr)
-        return 1
+    with arguments.target(args).client() as client:
+        text = json.dumps(counts_of(client, args.model), indent=1) + "\n"
     if args.out is None:
         print(text, end="")
     else:

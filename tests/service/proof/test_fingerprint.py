@@ -30,6 +30,8 @@ def test_it_is_the_same_until_something_changes(
     found.append(fingerprint(here))
     for change in ({"name": "x"}, {"arch": "sm90"}, {"simulated": True}, {"flashinfer": "1.2.4"}):
         found.append(fingerprint(replace(here, **change)))
+    monkeypatch.setattr(facts, "_sources", lambda package: "another line")
+    found.append(fingerprint(here))
     versions = dict.fromkeys(facts.PACKAGES, "1")
     monkeypatch.setattr(facts, "_version", versions.get)
     for package in facts.PACKAGES:
