@@ -173,7 +173,12 @@ def test_a_batch_may_fail_while_a_layer_is_captured(row: Row, quant: QuantScheme
 
 def test_after_a_capture_that_failed_memory_is_given_back_and_others_go_on() -> None:
     capture, memory = CudaCapture(DEVICE), torch.ones(1, device=DEVICE)
-    for fails in (torch.cuda.synchronize, lambda: print(1 / 0)):
+
+    def launches_and_fails() -> None:
+        memory.add_(1)
+        raise ZeroDivisionError
+
+    for fails in (torch.cuda.synchronize, launches_and_fails):
         with pytest.raises((RuntimeError, ZeroDivisionError)):
             capture(lambda: None, fails)
         stagings(DEVICE)[0].recover()
