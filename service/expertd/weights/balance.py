@@ -9,11 +9,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from heapq import heappop, heappush
 from itertools import accumulate
 
 from expertd.errors import InvalidArgument
 
 Ranges = list[range]
+
+
+_Path = tuple[int, int, "_Path | None"]
+"""A cut of the load line: its point, the expert in which that is, and the cuts before it."""
 
 
 def balance(
@@ -62,29 +67,41 @@ def _walk(
     A cut inside an expert makes it redundant. For every number of cuts so spent the farthest
     point is kept: whatever can be done from a nearer point can be done from it.
     """
-    paths: list[list[int] | None] = [[0]] + [None] * redundant
-    for _ in range(replicas):
-        farther: list[list[int] | None] = [None] * (redundant + 1)
-        for spent, path in enumerate(paths):
-            if path is None:
+    paths: dict[int, _Path] = {0: (0, 0, None)}
+    for left in reversed(range(replicas)):
+        # Who is not so far by now cannot reach the end, were every further part full.
+        least = line[-1] - left * limit
+        farther: dict[int, _Path] = {}
+        farthest = -1
+        for spent, path in paths.items():
+            if path[0] <= farthest:
                 continue
-            first = bisect_right(line, path[-1]) - 1
-            reach = min(path[-1] + limit, line[min(first + most, len(line) - 1)])
-            whole = line[bisect_right(line, reach) - 1]
-            if whole == line[-1]:
-                return [*path, whole]
-            _keep(farther, spent, path, whole)
-            if reach > whole and spent < redundant:
-                _keep(farther, spent + 1, path, reach)
+            farthest = path[0]
+            reach, at = _reach(line, path, most, limit)
+            if line[at] == line[-1]:
+                return _points((line[at], at, path))
+            if line[at] >= max(least, farther.get(spent, path)[0] + 1):
+                farther[spent] = (line[at], at, path)
+            if reach > line[at] and reach >= least and spent < redundant:
+                farther[spent + 1] = (reach, at, path)
         paths = farther
     return None
 
 
-def _keep(paths: list[list[int] | None], spent: int, path: list[int], point: int) -> None:
-    """Keeps the path to point if it is the farthest with these cuts and goes on at all."""
-    known = paths[spent]
-    if point > path[-1] and (known is None or point > known[-1]):
-        paths[spent] = [*path, point]
+def _reach(line: Sequence[int], path: _Path, most: int, limit: int) -> tuple[int, int]:
+    """The end of the fullest next part, and the expert in which that is."""
+    point, first, _ = path
+    reach = min(point + limit, line[min(first + most, len(line) - 1)])
+    return reach, bisect_right(line, reach, first) - 1
+
+
+def _points(path: _Path | None) -> list[int]:
+    """Every point of a path, the first first."""
+    found = []
+    while path is not None:
+        found.append(path[0])
+        path = path[2]
+    return found[::-1]
 
 
 def _touched(line: Sequence[int], cuts: Sequence[int]) -> Ranges:
@@ -145,15 +162,20 @@ def predicted(loads: Sequence[int], ranges: Ranges) -> list[int]:
 def _shares(loads: Sequence[int], ranges: Ranges, limit: int) -> list[int] | None:
     """Rows per replica, none above limit: the holder whose range ends first takes what it can."""
     shares = [0] * len(ranges)
-    by_end = sorted(range(len(ranges)), key=lambda at: ranges[at].stop)
+    later = sorted(range(len(ranges)), key=lambda at: -ranges[at].start)
+    able: list[tuple[int, int]] = []
     for expert, left in enumerate(loads):
-        for at in by_end:
-            if expert in ranges[at]:
-                taken = min(left, limit - shares[at])
-                shares[at] += taken
-                left -= taken
-        if left:
-            return None
+        while later and ranges[later[-1]].start <= expert:
+            heappush(able, (ranges[later[-1]].stop, later.pop()))
+        while left:
+            if not able:
+                return None
+            stop, at = able[0]
+            taken = min(left, limit - shares[at]) if stop > expert else 0
+            shares[at] += taken
+            left -= taken
+            if left:
+                heappop(able)
     return shares
 
 
