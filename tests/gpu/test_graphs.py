@@ -184,3 +184,13 @@ def test_after_a_capture_that_failed_memory_is_given_back_and_others_go_on() -> 
         stagings(DEVICE)[0].recover()
     capture(lambda: None, lambda: memory.add_(1))()
     assert memory.item() == 2
+
+
+def test_captures_go_on_when_all_graphs_are_gone() -> None:
+    """As after every layer was unloaded."""
+    capture, memory = CudaCapture(DEVICE), torch.zeros(1, device=DEVICE)
+    for _ in range(3):
+        capture(lambda: None, lambda: memory.add_(1))()
+        gc.collect()
+        stagings(DEVICE)[0].recover()
+    assert memory.item() == 3

@@ -16,8 +16,8 @@ capturing = threading.Lock()
 """Held while a graph is captured. Whoever waits for the whole device takes it too: to do that
 meanwhile is an error for both, on whatever thread, and torch's allocator gives nothing back then.
 """
-_spoilt: list[tuple[torch.cuda.MemPool, torch.cuda.CUDAGraph]] = []
-"""What captures that could not be ended had; nothing else may come where it was."""
+_spoilt: list[torch.cuda.CUDAGraph] = []
+"""Those whose captures could not be ended; nothing else may come where they were."""
 
 
 class Capture(Protocol):
@@ -35,26 +35,34 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = _stream(device)
-        # Kept by itself: a pool goes with the last graph that uses it, and does not come back.
-        with torch.cuda.device(device):
-            self._pool = torch.cuda.MemPool()
+        self._begin_pool()
+
+    def _begin_pool(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._anchor: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, warm: Run, run: Run) -> Run:
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.inference_mode():
             warm()
             torch.cuda.synchronize()
             with capturing, torch.cuda.stream(self._stream):
-                try:
-                    graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")  # type: ignore[arg-type]
-                    run()
-                except BaseException:
-                    with suppress(RuntimeError):  # it says that the capture failed, not why
-                        self._end(graph)
-                    raise
-                self._end(graph)
-        replay: Run = graph.replay
+                if self._anchor is None:
+                    # A pool goes with the last graph that uses it, and does not come back.
+                    self._anchor = self._capture(torch.zeros(1, device=self._device).zero_)
+                replay: Run = self._capture(run).replay
         return replay
+
+    def _capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            run()
+        except BaseException:
+            with suppress(RuntimeError):  # it says that the capture failed, not why
+                self._end(graph)
+            raise
+        self._end(graph)
+        return graph
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends the capture for torch's allocator too, which goes on with it where it failed: from
@@ -64,9 +72,9 @@ class CudaCapture:
             graph.capture_end()
         except RuntimeError:
             with suppress(RuntimeError):  # it has ended
-                torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool.id)
-            _spoilt.append((self._pool, graph))
-            self._pool = torch.cuda.MemPool()
+                torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+            _spoilt.append(graph)
+            self._begin_pool()
             raise
 
 

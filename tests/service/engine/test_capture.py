@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import count
@@ -33,6 +34,9 @@ class Card:
         self.pools_ended: list[tuple[int, object]] = []
         self.pools = count(7)
         self.recording: set[object] = set()
+        self.graphs: Counter[object] = Counter()
+        self.gone: set[object] = set()
+        self.cards_of_pools: list[torch.device] = []
 
     @contextmanager
     def used(self, device: torch.device) -> Iterator[None]:
@@ -40,8 +44,14 @@ class Card:
         yield
         self.current = torch.device("cuda:0")
 
-    def pool(self) -> object:
-        return SimpleNamespace(id=(0, next(self.pools)), device=self.current)
+    def pool(self) -> tuple[int, int]:
+        return 0, next(self.pools)
+
+    def let_go(self, pool: object) -> None:
+        """A graph in this pool is no more; torch does not take up one that had lost its last."""
+        self.graphs[pool] -= 1
+        if not self.graphs[pool]:
+            self.gone.add(pool)
 
     def stream(self, device: torch.device) -> object:
         self.streams += 1
@@ -64,6 +74,11 @@ class Graph:
         assert capture_error_mode == "thread_local"
         if pool in self._card.recording:  # which torch's allocator of pinned memory looks at last
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        if pool in self._card.gone:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        self._card.graphs[pool] += 1
+        weakref.finalize(self, self._card.let_go, pool)
+        self._card.cards_of_pools.append(self._card.current)
         self._card.capturing, self._pool = True, pool
         self._card.recording.add(pool)
 
@@ -76,6 +91,10 @@ class Graph:
     def replay(self) -> None: ...
 
 
+def nothing() -> None:
+    """What a capture runs where it does not matter."""
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     found = Card()
@@ -85,7 +104,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
         monkeypatch.setattr(torch.cuda, name, found.wait)
     monkeypatch.setattr(torch.cuda, "Stream", found.stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(found))
-    monkeypatch.setattr(torch.cuda, "MemPool", found.pool)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", found.pool)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: SimpleNamespace(zero_=nothing))
     ended = lambda device, pool: found.pools_ended.append((device, pool))  # noqa: E731
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended)
     capture._stream.cache_clear()
@@ -120,7 +140,7 @@ def test_nobody_waits_for_a_card_that_captures(card: Card, wait: Callable[[], No
             errors.append(error)
 
     threads = [
-        threading.Thread(target=CudaCapture(CARD), args=(lambda: None, run)),
+        threading.Thread(target=CudaCapture(CARD), args=(nothing, run)),
         threading.Thread(target=waiting),
     ]
     threads[0].start()
@@ -137,8 +157,8 @@ def test_nobody_waits_for_a_card_that_captures(card: Card, wait: Callable[[], No
 def test_graphs_take_their_memory_from_their_own_card(card: Card) -> None:
     """A pool belongs to the card that is the thread's own, for the main thread the first."""
     last = torch.device("cuda:3")
-    pool = CudaCapture(last)._pool
-    assert vars(pool)["device"] == last
+    CudaCapture(last)(nothing, nothing)
+    assert set(card.cards_of_pools) == {last}
 
 
 def test_captures_share_one_stream(card: Card) -> None:
@@ -153,12 +173,15 @@ def test_captures_share_one_stream(card: Card) -> None:
 def test_a_capture_that_fails_at_its_end_is_over_for_the_allocator(
     card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    captures = [CudaCapture(CARD) for _ in range(2)]
+    for capture_one in captures:
+        capture_one(nothing, nothing)
     monkeypatch.setattr(Graph, "ends_well", False)
     with pytest.raises(RuntimeError, match="previous error"):
-        CudaCapture(CARD)(lambda: None, lambda: None)
+        captures[0](nothing, nothing)
     assert card.pools_ended == [(0, (0, 7))]
     with pytest.raises(ZeroDivisionError):
-        CudaCapture(CARD)(lambda: None, lambda: print(1 / 0))
+        captures[1](nothing, lambda: print(1 / 0))
     assert len(card.pools_ended) == 2 and not capture.capturing.locked()
 
 
@@ -169,9 +192,19 @@ def test_after_a_capture_that_failed_at_its_end_others_go_on(
     capture_one = CudaCapture(CARD)
     with monkeypatch.context() as failing, pytest.raises(RuntimeError, match="previous error"):
         failing.setattr(Graph, "ends_well", False)
-        capture_one(lambda: None, lambda: None)
+        capture_one(nothing, nothing)
     for _ in range(2):
-        capture_one(lambda: None, lambda: None)
+        capture_one(nothing, nothing)
+
+
+def test_captures_go_on_when_all_graphs_are_gone(card: Card) -> None:
+    """As after every layer was unloaded, or after a first capture whose run failed."""
+    capture_one = CudaCapture(CARD)
+    with pytest.raises(ZeroDivisionError):
+        capture_one(nothing, lambda: print(1 / 0))
+    for _ in range(2):
+        capture_one(nothing, nothing)
+        gc.collect()
 
 
 def test_a_capture_that_cannot_begin_is_over_for_the_allocator(
@@ -182,9 +215,9 @@ def test_a_capture_that_cannot_begin_is_over_for_the_allocator(
     card.recording.add((0, 7))
     with monkeypatch.context() as failing, pytest.raises(RuntimeError, match="already recording"):
         failing.setattr(Graph, "ends_well", False)
-        capture_one(lambda: None, lambda: None)
+        capture_one(nothing, nothing)
     assert card.pools_ended == [(0, (0, 7))]
-    capture_one(lambda: None, lambda: None)
+    capture_one(nothing, nothing)
 
 
 def test_the_memory_of_graphs_apart_outlives_them() -> None:
