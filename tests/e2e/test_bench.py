@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from threading import Thread
+from urllib.request import urlopen
 
 import pytest
 from tests.e2e.servers import Server, expertd, serving
+from tests.waiting import until
 
 DEMO = ("--model", "demo", "--layer", "0", "--duration", "0.3")
 
@@ -52,6 +56,32 @@ def test_refusals_are_counted_beside_the_answers(home: Path) -> None:
     (cell,) = json.loads(ended.stdout)["cells"]
     assert cell["calls"] > 0 and cell["refused"].keys() == {"OVERLOADED"}
     assert cell["refused_p50_ms"] > 0
+
+
+def test_a_server_that_dies_meanwhile_is_told_of(home: Path) -> None:
+    """The figures of what it answered are printed all the same; no cell more is tried."""
+    with serving(home, "--identity", "echo=64", "--device", "cpu") as doomed:
+        end = Thread(target=kill_at_work, args=(doomed,))
+        end.start()
+        flags = ("--tokens", "1", "--concurrency", "1,2,3", "--duration", "4", "--json")
+        ended = expertd(home, "bench", doomed.grpc, "--model", "echo", "--layer", "0", *flags)
+        end.join()
+    first, second = json.loads(ended.stdout)["cells"]
+    assert first["calls"] > 0 and first["refused"].keys() == {"UNAVAILABLE"}
+    assert not second["calls"] and second["refused"].keys() == {"UNAVAILABLE"}
+    assert ended.returncode == 1 and ended.stderr.count("UNAVAILABLE") == 2
+
+
+def kill_at_work(server: Server) -> None:
+    """Ends the server once it has answered some hundred calls."""
+
+    def answered() -> bool:
+        with urlopen(f"http://{server.http}/metrics") as reply:
+            found = re.search(r"(?m)^expertd_requests_total\{.* (\S+)$", reply.read().decode())
+        return found is not None and float(found[1]) > 100
+
+    until(answered)
+    server.process.kill()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import socket
 import subprocess
@@ -63,6 +64,24 @@ def test_health_is_0_or_1(home: Path, server: Server) -> None:
     assert expertd(home, "health", server.grpc).returncode == 0
     ended = expertd(home, "health", "127.0.0.1:1")
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("command", [("capabilities", "--json"), ("capabilities",)])
+def test_a_reader_who_has_gone_ends_a_command_in_silence(
+    home: Path, command: tuple[str, ...]
+) -> None:
+    """As of `expertd … | head -1`, however little there is to write."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    ended = subprocess.run(
+        [*EXPERTD, *command],
+        env=environment(home),
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_print_config_tells_each_value_and_its_origin(home: Path) -> None:

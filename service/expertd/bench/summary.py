@@ -13,6 +13,8 @@ from expertd.bench.load import Cell
 from expertd.bench.workers import Outcome, Sample
 
 PERCENTILES = (50, 90, 99)
+BUSY = "OVERLOADED"
+"""The reason of a refusal that is an answer: a server under load sheds calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,11 @@ class Summary:
     mean_batch: float
     refused: dict[str, int]
     refused_p50_ms: float
+
+    @property
+    def failed(self) -> dict[str, int]:
+        """Calls by reason that a server which is well would have answered, or refused as busy."""
+        return {reason: count for reason, count in self.refused.items() if reason != BUSY}
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,12 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parser(argv).parse_args(argv)
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()  # what cannot be written is found out here, not when Python ends
+        return code
     except InvalidArgument as error:
         print(f"expertd: {error}", file=sys.stderr)
         return 2
     except ExpertdError as error:
         print(f"expertd: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a full disk, a file that may not be read: not a fault of ours
         print(f"expertd: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -81,7 +82,17 @@ def run(args: argparse.Namespace) -> int:
         console().print(folded(_table(title, summaries)))
     if args.plot:  # last: where it cannot be written, the figures are there
         args.plot.write_text(plot(title, summaries), encoding="utf-8")
-    return 0 if all(summary.calls for summary in summaries) else 1
+    problems = [_problem(summary) for summary in summaries if summary.failed or not summary.calls]
+    for problem in problems:
+        print(f"expertd: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _problem(summary: Summary) -> str:
+    """What is wrong with a cell, in a line."""
+    told = ", ".join(f"{count} {reason}" for reason, count in summary.refused.items())
+    what = f"failed: {told}" if summary.failed else f"were all refused: {told or 'there were none'}"
+    return f"calls of {summary.tokens} tokens by {summary.concurrency} callers {what}"
 
 
 def _measure(args: argparse.Namespace, layer: Layer) -> Iterator[Summary]:
@@ -96,7 +107,9 @@ def _measure(args: argparse.Namespace, layer: Layer) -> Iterator[Summary]:
             share = Share(layer, cell, args.duration, 0, args.routing)
             outcomes = workers.run(split(share, args.processes))
             call = make_call(layer, cell.tokens, 0, args.routing)
-            yield summarize(cell, call.nbytes, outcomes)
+            yield (summary := summarize(cell, call.nbytes, outcomes))
+            if summary.failed and not summary.calls:
+                return  # nobody is there any more
 
 
 def _table(title: str, summaries: Sequence[Summary]) -> Table:
@@ -108,12 +121,17 @@ def _table(title: str, summaries: Sequence[Summary]) -> Table:
     for one in summaries:
         p50, p90, p99, _ = one.latency_ms.values()
         sizes = (str(one.tokens), str(one.concurrency), f"{one.rate:g}" if one.rate else "–")
-        rates = (f"{one.calls_per_s:.0f}", f"{one.tokens_per_s:.0f}", f"{one.gb_per_s:.3f}")
+        rates = map(_figures, (one.calls_per_s, one.tokens_per_s, one.gb_per_s))
         times = (f"{value:.2f}" for value in (p50, p90, p99, one.mean_batch))
         parts = (f"{value:.3f}" for value in one.split_ms.values())
         table.add_row(*sizes, *rates, *times, *parts, _refused(one))
     table.caption = "milliseconds; queue, stages, kernel as the server tells them, rpc the rest"
     return table
+
+
+def _figures(value: float) -> str:
+    """At least three of them."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _refused(summary: Summary) -> str:

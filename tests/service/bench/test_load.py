@@ -107,3 +107,12 @@ def test_the_plot_shows_every_answered_cell_and_nothing_outside() -> None:
     assert {"a <title> & more", "1 token a call", "16 tokens a call"} <= shown
     assert "4096 tokens a call" not in shown
     assert ElementTree.fromstring(plot("none", [])) is not None
+
+
+def test_a_busy_server_has_not_failed() -> None:
+    def failed(*reasons: str) -> dict[str, int]:
+        samples = [Sample(MS, reason=reason) for reason in reasons]
+        return summarize(Cell(1, 1), 1, [Outcome(1.0, samples)]).failed
+
+    assert failed("", "OVERLOADED", "OVERLOADED") == {}
+    assert failed("OVERLOADED", "INTERNAL", "", "INTERNAL") == {"INTERNAL": 2}
