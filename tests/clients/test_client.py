@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import socket
 import threading
 import time
@@ -17,7 +18,14 @@ from tests.clients import servers
 from tests.clients.servers import Server
 
 import expertd_client
-from expertd_client import Client, DeadlineExceeded, ExpertdError, InvalidArgument, Unavailable
+from expertd_client import (
+    AsyncClient,
+    Client,
+    DeadlineExceeded,
+    ExpertdError,
+    InvalidArgument,
+    Unavailable,
+)
 from expertd_client.transport.in_process import AsyncInProcessTransport, InProcessTransport
 from expertd_wire import methods
 from expertd_wire.tensors import from_numpy
@@ -222,6 +230,19 @@ async def test_a_function_can_be_the_async_server() -> None:
 def test_an_async_client_can_be_made_outside_the_loop_and_closed_unused(connect: Any) -> None:
     with connect("127.0.0.1:1") as unused:
         assert callable(unused.forward)
+
+
+def test_an_async_client_says_that_it_belongs_to_another_loop(server: Server) -> None:
+    client = AsyncClient(server.target)
+
+    async def answered() -> Any:
+        return await client.forward("m", 0, ROWS, timeout=20)
+
+    assert asyncio.run(answered()).shape == ROWS.shape
+    for question in (answered, client.health, client.layers):
+        with pytest.raises(InvalidArgument, match="make a client for each loop"):
+            asyncio.run(question())
+    asyncio.run(client.close())
 
 
 def test_both_clients_have_the_same_surface() -> None:

@@ -140,27 +140,39 @@ class AsyncGrpcTransport(AsyncTransport):
         self._metadata = settings.metadata()
 
     @cached_property
-    def _channel(self) -> Any:
-        return self._settings.channel(grpc.aio)
+    def _home(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
 
     @cached_property
-    def _forward(self) -> Any:
-        return self._channel.unary_unary(FORWARD)
+    def _dialled(self) -> Any:
+        return self._settings.channel(grpc.aio)
+
+    @property
+    def _channel(self) -> Any:
+        """The connection, for the loop that it belongs to; raises InvalidArgument in others."""
+        if self._home is not asyncio.get_running_loop():
+            raise InvalidArgument(
+                "this AsyncClient belongs to the event loop of its first call, and another one is "
+                "running; make a client for each loop, inside what asyncio.run() runs, or take "
+                "Client, which any thread may use"
+            )
+        return self._dialled
 
     async def forward(self, request: bytes, timeout: float | None) -> bytes:
-        return await self._call(self._forward, request, timeout)
+        return await self._call(FORWARD, request, timeout)
 
     async def query(self, path: str, request: bytes, timeout: float | None) -> bytes:
-        return await self._call(self._channel.unary_unary(path), request, timeout)
+        return await self._call(path, request, timeout)
 
     def stream(self) -> ByteStream:
         call = self._channel.stream_stream(FORWARD_STREAM)(metadata=self._metadata)
         return GrpcByteStream(call, self._settings)
 
     async def close(self) -> None:
-        await self._channel.close()
+        await self._dialled.close()
 
-    async def _call(self, method: Any, request: bytes, timeout: float | None) -> bytes:
+    async def _call(self, path: str, request: bytes, timeout: float | None) -> bytes:
+        method = self._channel.unary_unary(path)
         try:
             reply: bytes = await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
