@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 import threading
 import time
@@ -171,6 +172,28 @@ def test_closing_ends_calls_and_threads() -> None:
     with pytest.raises(Unavailable, match="closed"):
         pool.forward(MODEL, LAYER, rows, router_logits=logits)
     assert not [t for t in threading.enumerate() if t.name == "expertd-pool"]
+
+
+def test_closing_waits_for_no_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever tells them may hang: a name server, a URL, a file of another machine."""
+    asked, let_go = threading.Event(), threading.Event()
+
+    def hangs(*_: Any, **__: Any) -> Any:
+        asked.set()
+        let_go.wait(60)
+        raise OSError("let go")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hangs)
+    pool = ExpertPool("dns:///nobody:1")
+    closing = threading.Thread(target=pool.close)
+    try:
+        assert asked.wait(10)
+        closing.start()
+        closing.join(20)
+        assert not closing.is_alive()
+    finally:
+        let_go.set()
+        closing.join()
 
 
 def test_what_comes_while_a_pool_is_being_closed_is_told_so() -> None:

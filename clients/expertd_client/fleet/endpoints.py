@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import threading
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.request import urlopen
 
 from expertd_client.errors import InvalidArgument, Unavailable
+
+T = TypeVar("T")
 
 Targets = str | Path | Sequence[str]
 
@@ -60,10 +64,12 @@ def _fixed(targets: tuple[str, ...]) -> Endpoints:
 def _named(address: str) -> Endpoints:
     host, _, port = _checked((address,), "dns target")[0].rpartition(":")
 
+    def resolved() -> Sequence[Any]:
+        return socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+
     async def read() -> tuple[str, ...]:
-        loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            found = await _in_thread(resolved)
         except (OSError, UnicodeError) as error:  # the latter of a name that no DNS can hold
             raise Unavailable(f"{address} cannot be resolved: {error}") from error
         return tuple(sorted({_address(str(info[4][0]), int(info[4][1])) for info in found}))
@@ -78,7 +84,7 @@ def _address(host: str, port: int) -> str:
 def _read_in_thread(text_of: Callable[[], str], name: str) -> Endpoints:
     async def read() -> tuple[str, ...]:
         try:
-            text = await asyncio.to_thread(text_of)
+            text = await _in_thread(text_of)
         except (OSError, ValueError, HTTPException) as error:
             raise Unavailable(f"{name} cannot be read: {error}") from error
         lines = (line.partition("#")[0].strip() for line in text.splitlines())
@@ -88,6 +94,22 @@ def _read_in_thread(text_of: Callable[[], str], name: str) -> Endpoints:
         return found
 
     return Endpoints(read, True, name)
+
+
+async def _in_thread(step: Callable[[], T]) -> T:
+    """step() in a thread for which no close() waits, as asyncio's own would: it may hang."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+    threading.Thread(target=_do, args=(step, future), name="endpoints", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+def _do(step: Callable[[], T], future: Future[T]) -> None:
+    try:
+        future.set_result(step())
+    except Exception as error:
+        future.set_exception(error)
+        del future  # the error has this frame in its traceback: a cycle, which keeps sockets open
 
 
 def _file(path: Path) -> str:
