@@ -48,6 +48,7 @@ from expertd.transport.grpc_server import GrpcLimits, GrpcServer
 from expertd.transport.http import build_http
 from expertd.transport.http_server import HttpLimits, HttpServer
 from expertd.transport.ingress import Ingress
+from expertd.transport.linger import Linger
 from expertd.transport.messages import capabilities
 from expertd.transport.native import ExpertsService
 from expertd.transport.tls import TlsFiles
@@ -169,7 +170,8 @@ class App:
         limits = HttpLimits(chosen.max_header_bytes, chosen.header_seconds)
         hosts = frozenset((*LOOPBACK, chosen.host, *(chosen.allow_host or ())))
         self.http_application = build_http(desk, self._ingress, self._capabilities)
-        return HttpServer(HttpDoor(self.http_application, guard, hosts), limits, tls)
+        door = HttpDoor(self.http_application, guard, hosts)
+        return HttpServer(Linger(door), limits, tls)
 
     def _watch(self) -> None:
         """Keeps grpc.health.v1 equal to what /readyz says."""

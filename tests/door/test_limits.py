@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import socket
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from typing import Any
 
 import grpc
@@ -21,6 +24,7 @@ from tests.strategies import wire_call
 from tests.waiting import until
 
 from expertd.config import SETTINGS, Settings, add_flags, resolve
+from expertd.transport import linger
 from expertd_wire.codec import encode_forward_call
 from expertd_wire.methods import FORWARD, MESSAGE_SLACK_BYTES
 from expertd_wire.tensors import MAX_ELEMENTS, MAX_RANK
@@ -123,6 +127,35 @@ def test_one_call_too_large_names_the_flag(local: Local, protocol: str, case: st
     answer = local.ask(protocol, **fields)
     assert (answer.code, answer.reason) == ("INVALID_ARGUMENT", "TOO_LARGE")
     assert flag in answer.message
+
+
+REFUSED = {
+    "too large": ("/v1/forward?model=echo&layer=0", "TOO_LARGE"),
+    "a bad value": ("/v1/forward?model=echo&layer=none", "INVALID_ARGUMENT"),
+    "no such route": ("/v1/nothing", "NOT_FOUND"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_who_sends_all_before_reading_is_told_why(local: Local, case: str) -> None:
+    """As urllib does, whose connections close after one answer."""
+    path, reason = REFUSED[case]
+    body = bytes(16 << 20)  # more than sockets hold
+    with closing(HTTPConnection(local.addresses.http, timeout=20)) as caller:
+        caller.request("POST", path, body, {"Connection": "close"})
+        assert json.loads(caller.getresponse().read())["error"]["reason"] == reason
+
+
+def test_who_stops_sending_is_told_at_once_and_left_soon(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linger, "LINGER_SECONDS", 0.1)
+    host, port = local.addresses.http.split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as caller:
+        head = "POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        caller.sendall(f"{head}Content-Length: 1000000\r\n\r\nbegun".encode())
+        told = b"".join(iter(lambda: caller.recv(1 << 16), b""))  # until it is closed
+    assert told.startswith(b"HTTP/1.1 404 ") and b"NOT_FOUND" in told
 
 
 def test_rank_and_elements_are_limits_of_the_wire(local: Local) -> None:
