@@ -96,12 +96,12 @@ def _read_in_thread(text_of: Callable[[], str], name: str) -> Endpoints:
     return Endpoints(read, True, name)
 
 
-async def _in_thread(step: Callable[[], T]) -> T:
+def _in_thread(step: Callable[[], T]) -> Awaitable[T]:
     """step() in a thread for which no close() waits, as asyncio's own would: it may hang."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
     threading.Thread(target=_do, args=(step, future), name="endpoints", daemon=True).start()
-    return await asyncio.wrap_future(future)
+    return asyncio.wrap_future(future)
 
 
 def _do(step: Callable[[], T], future: Future[T]) -> None:
@@ -109,7 +109,7 @@ def _do(step: Callable[[], T], future: Future[T]) -> None:
         future.set_result(step())
     except Exception as error:
         future.set_exception(error)
-        del future  # the error has this frame in its traceback: a cycle, which keeps sockets open
+        del future  # this frame is in the error's traceback: a cycle, which keeps sockets open
 
 
 def _file(path: Path) -> str:
