@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +16,9 @@ from pathlib import Path
 from expertd.errors import InvalidArgument, PermissionDenied, Unauthenticated
 from expertd_wire.methods import SERVICE
 
-MIN_TOKEN_LENGTH = 16
+log = logging.getLogger(__name__)
+
+SAFE_TOKEN_LENGTH = 16
 
 
 class Scope(StrEnum):
@@ -102,8 +105,10 @@ def _parse(path: Path, number: int, line: str) -> tuple[bytes, frozenset[Scope]]
     names, token = parts
     if unknown := set(names.split(",")) - set(Scope):
         raise InvalidArgument(f"{where}: scopes {sorted(unknown)}; accepted: {', '.join(Scope)}")
-    if len(token) < MIN_TOKEN_LENGTH or not token.isascii():
-        raise InvalidArgument(f"{where}: a token has {MIN_TOKEN_LENGTH} ASCII characters or more")
+    if not token.isascii():
+        raise InvalidArgument(f"{where}: a token is of ASCII characters")
+    if len(token) < SAFE_TOKEN_LENGTH:
+        log.warning("%s: a token of fewer than %d characters is guessed", where, SAFE_TOKEN_LENGTH)
     return _digest(token), frozenset(Scope(name) for name in names.split(","))
 
 
