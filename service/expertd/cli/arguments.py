@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from expertd.bench.target import Target
+from expertd.cli import NO_PLAN
 from expertd.config import number
 from expertd.errors import InvalidArgument
 from expertd_client import ExpertdError
@@ -67,14 +68,15 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 
 
 def asks(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """A command that asks a server: what the client raises becomes a line and exit code 1."""
+    """A command that asks a server: what the client raises becomes a line and exit code 1, or 3
+    where nothing there can run what was asked."""
 
     def told(args: argparse.Namespace) -> int:
         try:
             return run(args)
         except ExpertdError as error:
             print(f"expertd: {error}", file=sys.stderr)
-            return 1
+            return NO_PLAN if error.reason == "NO_USABLE_PLAN" else 1
 
     return told
 
