@@ -7,7 +7,7 @@ from typing import Unpack
 import grpc
 
 from expertd_client import queries
-from expertd_client.calls import ArrayT, CallOptions, Reply, forward_call
+from expertd_client.calls import ArrayT, CallOptions, Reply, forward_call, spelled_out
 from expertd_client.closing import AsyncClosing
 from expertd_client.errors import DeadlineExceeded, ExpertdError, Unavailable
 from expertd_client.messages import exchange
@@ -45,6 +45,7 @@ class AsyncClient(AsyncClosing):
             )
         self._transport = target
 
+    @spelled_out
     async def forward(
         self,
         model: str,
@@ -58,6 +59,7 @@ class AsyncClient(AsyncClosing):
         reply = await self.call(model, layer, hidden_states, timeout=timeout, **options)
         return reply.output
 
+    @spelled_out
     async def call(
         self,
         model: str,

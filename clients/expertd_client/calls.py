@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from operator import index
 from typing import Any, Generic, TypedDict, TypeVar, Unpack
 
@@ -13,6 +15,7 @@ from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireError, WireTensor
 
 ArrayT = TypeVar("ArrayT")
+MethodT = TypeVar("MethodT", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,20 @@ def forward_call(
         request_id=request_id or "",
         priority=index(priority),
     )
+
+
+_OPTIONS = [p for p in signature(forward_call).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def spelled_out(method: MethodT) -> MethodT:
+    """method; inspect and help() now name what its **options may be, with the defaults."""
+    told = signature(method)
+    own = [p for p in told.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    known = {p.name for p in own}
+    options = [p for p in _OPTIONS if p.name not in known]
+    ordered = sorted((*options, *own), key=lambda p: p.kind)
+    method.__signature__ = told.replace(parameters=ordered)  # type: ignore[attr-defined]
+    return method
 
 
 def encoded(call: ForwardCall) -> bytes:

@@ -7,7 +7,7 @@ from typing import Unpack
 import grpc
 
 from expertd_client import queries
-from expertd_client.calls import ArrayT, CallOptions, Reply, forward_call
+from expertd_client.calls import ArrayT, CallOptions, Reply, forward_call, spelled_out
 from expertd_client.closing import Closing
 from expertd_client.errors import DeadlineExceeded, ExpertdError, Unavailable
 from expertd_client.messages import exchange
@@ -45,6 +45,7 @@ class Client(Closing):
             )
         self._transport = target
 
+    @spelled_out
     def forward(
         self,
         model: str,
@@ -57,6 +58,7 @@ class Client(Closing):
         """The experts' output [T, H] for hidden_states [T, H]; options as in call."""
         return self.call(model, layer, hidden_states, timeout=timeout, **options).output
 
+    @spelled_out
     def call(
         self,
         model: str,

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from expertd_client.arrays import kind_of
-from expertd_client.calls import ArrayT
+from expertd_client.calls import ArrayT, spelled_out
 from expertd_client.closing import AsyncClosing, Closing
 from expertd_client.dispatch import Outcome, Share
 from expertd_client.errors import InvalidArgument
@@ -115,6 +115,7 @@ class ExpertPool(Closing):
         **options: Unpack[PoolOptions],
     ) -> tuple[ArrayT, ArrayT]: ...
 
+    @spelled_out
     def forward(
         self,
         model: str,
@@ -133,6 +134,7 @@ class ExpertPool(Closing):
         reply = self.call(model, layer, hidden_states, timeout=timeout, partial=partial, **options)
         return reply.output if partial == "refuse" else (reply.output, reply.complete_rows)
 
+    @spelled_out
     def call(
         self,
         model: str,
@@ -200,6 +202,7 @@ class AsyncExpertPool(AsyncClosing):
         **options: Unpack[PoolOptions],
     ) -> tuple[ArrayT, ArrayT]: ...
 
+    @spelled_out
     async def forward(
         self,
         model: str,
@@ -216,6 +219,7 @@ class AsyncExpertPool(AsyncClosing):
         )
         return reply.output if partial == "refuse" else (reply.output, reply.complete_rows)
 
+    @spelled_out
     async def call(
         self,
         model: str,

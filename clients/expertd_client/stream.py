@@ -7,7 +7,7 @@ import itertools
 from types import TracebackType
 from typing import Self, Unpack
 
-from expertd_client.calls import ArrayT, CallOptions, Reply, decode_reply, encode_call
+from expertd_client.calls import ArrayT, CallOptions, Reply, decode_reply, encode_call, spelled_out
 from expertd_client.errors import (
     DeadlineExceeded,
     ExpertdError,
@@ -33,6 +33,7 @@ class CallStream:
         self._ended: ExpertdError | None = None
         self._reader: asyncio.Task[None] | None = None
 
+    @spelled_out
     async def call(
         self,
         model: str,
@@ -63,6 +64,7 @@ class CallStream:
             if reply.done() and not reply.cancelled():
                 reply.exception()  # counts as seen, also where sending was what failed
 
+    @spelled_out
     async def forward(
         self,
         model: str,

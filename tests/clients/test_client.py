@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import inspect
 import socket
 import threading
 import time
@@ -20,12 +21,15 @@ from tests.clients.servers import Server
 import expertd_client
 from expertd_client import (
     AsyncClient,
+    AsyncExpertPool,
     Client,
     DeadlineExceeded,
     ExpertdError,
+    ExpertPool,
     InvalidArgument,
     Unavailable,
 )
+from expertd_client.stream import CallStream
 from expertd_client.transport.in_process import AsyncInProcessTransport, InProcessTransport
 from expertd_wire import methods
 from expertd_wire.tensors import from_numpy
@@ -285,3 +289,23 @@ def test_an_internal_error_without_a_reason_is_the_carriers(client: Any, server:
     )
     with pytest.raises(Unavailable, match="Stream removed"):
         client.forward("demo", 0, ROWS)
+
+
+FORWARD = (
+    "(self, model, layer, hidden_states, *, router_logits=None, topk_ids=None, topk_weights=None, "
+    "hidden_states_format=None, hidden_states_scale=None, partial=False, backend=None, "
+    "reply_dtype=None, priority=0, request_id=None, timeout=30.0)"
+)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient, CallStream, ExpertPool, AsyncExpertPool])
+@pytest.mark.parametrize("name", ["forward", "call"])
+def test_inspect_names_every_option(kind: type, name: str) -> None:
+    told = inspect.signature(getattr(kind, name))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in told.parameters.values()]
+    shown = str(inspect.Signature(bare))
+    if kind in (ExpertPool, AsyncExpertPool):
+        wanted = FORWARD.replace(" partial=False,", "").replace("=30.0", "=30.0, partial='refuse'")
+        assert shown == wanted
+    else:
+        assert shown == FORWARD
