@@ -113,6 +113,16 @@ def test_gauges_of_an_idle_server(server: Server) -> None:
     assert sum(cells) == len(told)
 
 
+def test_counters_are_there_before_they_count(server: Server) -> None:
+    now = scrape(server.http)
+    for reason in ("queue_full", "deadline", "draining", "too_large", "cancelled"):
+        assert ("expertd_rejected_total", frozenset({("reason", reason)})) in now
+    for model in ("demo", "deep", "echo"):
+        for name in ("expertd_tokens_total", "expertd_nonfinite_outputs_total"):
+            assert (name, frozenset({("model", model)})) in now
+    assert value(now, "expertd_nonfinite_outputs_total", model="deep") == 0
+
+
 def test_latency_buckets_begin_at_ten_microseconds(server: Server) -> None:
     by_grpc(server.grpc, dict(ROWS))
     for key in scrape(server.http):

@@ -32,6 +32,7 @@ REQUESTS = tuple(float(1 << power) for power in range(9))
 T = TypeVar("T")
 
 NO_PLAN = ("none", "none")
+REJECTED = ("queue_full", "deadline", "draining", "too_large", "cancelled")
 MOST_NOTES = 256
 """How many calls may wait for a scrape; together they take a fraction of a millisecond."""
 
@@ -97,6 +98,8 @@ class Metrics:
         Info("expertd_build", "Versions of this process.", registry=self.registry).info(info)
         self.registry.register(Layers(residents))
         self._child = cache(lambda family, *labels: family.labels(*labels))
+        for reason in REJECTED:
+            self._child(self._rejected, reason)
 
     def _distribution(
         self, name: str, text: str, bounds: Sequence[float], labels: Sequence[str] = ()
@@ -168,6 +171,10 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition; not for an event loop's thread."""
         self._settle()
+        for model in {resident.model for resident in self._residents.all()}:
+            # At 0 before the first, which increase() over a series that begins with 1 would miss.
+            self._child(self._tokens, model)
+            self._child(self._nonfinite, model)
         return generate_latest(self.registry)
 
 
