@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SERVED = """
 import gc
 from types import SimpleNamespace
@@ -40,3 +42,33 @@ def test_garbage_collection_leaves_out_what_the_start_made() -> None:
     ended = subprocess.run([sys.executable, "-c", SERVED], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout.split()[-1]) > 100_000
+
+
+COMPUTING = """
+import threading
+import torch
+{served}
+def compute():
+    torch.set_num_threads(1)
+    rows = torch.ones(64, 64)
+    while True:
+        rows @ rows
+
+class Busy(App):
+    def stop(self):
+        threading.Thread(target=compute, name={name!r}, daemon=True).start()
+        return {drained}
+
+expertd.app.App = Busy
+raise SystemExit(main(["serve", "--identity", "echo=8", "--device", "cpu"]))
+"""
+
+
+@pytest.mark.parametrize(("drained", "code"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize("name", ["loader", "executor"])
+def test_a_stop_while_somebody_computes_is_no_crash(name: str, drained: bool, code: int) -> None:
+    """Ended with -6: C++ aborts when Python ends a thread inside of it."""
+    served = SERVED.partition("expertd.app.App = App")[0]
+    program = COMPUTING.format(served=served, name=name, drained=drained)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr

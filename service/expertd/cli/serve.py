@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 LOST_EXIT_CODE = 70
 """How a process ends whose device is lost, so that its supervisor starts another."""
 ABANDON_SECONDS = 3.0
+COMPUTING_THREADS = ("loader", "executor", "lander")
 SWITCH_SECONDS = 0.002
 """How long one busy thread may keep the others waiting; Python's own 5 ms are many calls.
 
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def serve(settings: Settings) -> int:
-    """Runs until SIGINT or SIGTERM; 0 after a complete drain, 1 if a layer or the engine failed.
+    """Runs until SIGINT or SIGTERM; 0 after a complete drain, 1 if not all of it was answered.
 
     Ends the process with LOST_EXIT_CODE when the device is lost.
     """
@@ -115,7 +116,7 @@ def serve(settings: Settings) -> int:
     if app.engine.device_lost:
         _abandon(app)
     drained = app.stop()
-    return 0 if drained and app.engine.healthy else 1
+    return _ended(0 if drained and app.engine.healthy else 1)
 
 
 def _advise(variables: Mapping[str, str]) -> None:
@@ -131,6 +132,18 @@ def _abandon(app: App) -> NoReturn:
     app.abandon()
     logging.shutdown()
     os._exit(LOST_EXIT_CODE)
+
+
+def _ended(code: int) -> int:
+    """The code; but where somebody still computes the process ends with it here.
+
+    A load, or a batch that outlasted the drain, is not waited for. Python would break its thread
+    off in the middle of torch's C++, which aborts the process.
+    """
+    if any(thread.name in COMPUTING_THREADS for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 def _announce(settings: Settings, addresses: Addresses) -> None:
