@@ -111,7 +111,8 @@ class App:
         self._grpc.start()
         self._http.start()
         threading.Thread(target=self._watch, name="health", daemon=True).start()
-        return Addresses(f"{host}:{http_port}", f"{host}:{grpc_port}")
+        name = f"[{host}]" if ":" in host else host
+        return Addresses(f"{name}:{http_port}", f"{name}:{grpc_port}")
 
     def wait_ready(self) -> bool:
         """Waits until every layer is ready; False if one failed or the process should stop."""

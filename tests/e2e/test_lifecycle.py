@@ -106,6 +106,15 @@ def test_a_drain_that_takes_too_long_is_told() -> None:
         call.join(MINUTE)
 
 
+def test_an_ipv6_address_is_told_as_clients_take_it() -> None:
+    with in_process("--identity", "echo=8", "--host", "::1") as (app, addresses):
+        assert app.wait_ready()
+        with Client(addresses.grpc) as client:
+            assert client.forward("echo", 0, np.ones((2, 8), np.float32)).shape == (2, 8)
+        url = f"http://{addresses.http}/v1/layers"
+        assert httpx.get(url, trust_env=False).status_code == 200
+
+
 def test_readiness_before_and_after(local: Local) -> None:
     url = f"http://{local.addresses.http}"
     local.echo.state = LayerState.LOADING
