@@ -61,12 +61,16 @@ class Replica:
         self.queued_by_others = 0
         self.nudge = asyncio.Event()
 
-    def holder(self, offer: Offer, speed: float) -> Holder:
-        """Its range of a layer, with its present load."""
-        waiting = self.pace.rows + self.queued_by_others
+    def holder(self, offer: Offer, speed: float | None, hoped: float) -> Holder:
+        """Its range of a layer, with its present load; hoped is its speed if it is not measured.
+
+        Others' rows count only then: a speed is measured beside them, and what was told of them two
+        seconds ago would drive every pool away from a replica at once, and back again.
+        """
+        waiting = self.pace.rows + (self.queued_by_others if speed is None else 0)
         told = offer.layer
         return Holder(
-            self.target, *offer.range, speed, waiting, told.generation, told.weights_digest
+            self.target, *offer.range, speed or hoped, waiting, told.generation, told.weights_digest
         )
 
     def failed(self, error: ExpertdError, now: float) -> None:
@@ -175,7 +179,7 @@ class Fleet:
         known = [speed for speed in speeds if speed is not None]
         hoped = HOPE * max(known) if known else FIRST_SPEED
         return [
-            replica.holder(offer, speed or hoped)
+            replica.holder(offer, speed, hoped)
             for (offer, replica), speed in zip(replicas, speeds, strict=True)
         ]
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from expertd_client.fleet.pace import (
     FRESH_SECONDS,
     MOST_HINT_SECONDS,
+    SETTLE_SECONDS,
     Allowance,
     Latencies,
     Pace,
@@ -19,7 +20,7 @@ def test_speed_is_what_was_done_while_busy() -> None:
     pace = Pace()
     assert pace.speed(0.0) is None
     pace.finished(1000, begin=10.0, now=11.0)
-    assert pace.speed(11.0) == 1000
+    assert pace.speed(11.0 + SETTLE_SECONDS) == 1000
     pace.finished(1000, begin=10.0, now=12.0)
     assert pace.speed(12.0) == 1000, "the second waited a second for the first"
     for second in range(12, 40):
@@ -27,12 +28,23 @@ def test_speed_is_what_was_done_while_busy() -> None:
     assert 3800 < (pace.speed(40.0) or 0) < 4001
 
 
+def test_first_answers_are_no_measure() -> None:
+    """They tell the length of the way, which later ones have gone already."""
+    pace = Pace()
+    for number in range(20):
+        now = 10.03 + number / 100
+        pace.finished(100, begin=10.0 + number / 100, now=now)
+        assert pace.speed(now) is None
+    assert 9_000 < (pace.speed(10.03 + SETTLE_SECONDS) or 0) < 10_001
+
+
 def test_old_speeds_are_forgotten() -> None:
     pace = Pace()
     pace.finished(10, begin=0.0, now=10.0)
+    assert pace.speed(10.0 + SETTLE_SECONDS) == 1
     assert pace.speed(10.0 + FRESH_SECONDS) is None
     pace.finished(1000, begin=50.0, now=51.0)
-    assert pace.speed(51.0) == 1000
+    assert pace.speed(51.0) is None and pace.speed(51.0 + SETTLE_SECONDS) == 1000
 
 
 def test_latencies_by_size() -> None:

@@ -92,7 +92,9 @@ def test_equal_to_the_reference(asked: dict[str, Any], given_logits: dict[str, A
     same = (ids == expected_ids.numpy()).all(axis=1)
     for row in np.flatnonzero(~same):
         assert ties(router, values[row : row + 1], ids[row], expected_ids[row].numpy())
-    np.testing.assert_allclose(weights[same], expected.numpy()[same], rtol=1e-6, atol=1e-37)
+    # What is rounded to a denormal has few digits, and a root makes it large enough to be seen.
+    least = 2e-22 if router.method == "DeepSeekV4" else 1e-37
+    np.testing.assert_allclose(weights[same], expected.numpy()[same], rtol=1e-6, atol=least)
 
 
 def drop_method(chosen: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,13 @@ HOPE = 1.1
 FRESH_SECONDS = 5.0
 """A measure older than this is forgotten, so that a replica that was slow is tried again."""
 
+SETTLE_SECONDS = 0.5
+"""So long after its first answer a replica is not measured yet.
+
+A first message alone says how long the way is, not how many rows a second are done: believed at
+once, it would leave the replica with so few calls that it could never show more.
+"""
+
 MOST_HINT_SECONDS = 10.0
 """No replica's own wish to be left alone is obeyed for longer: it may be the only one there is."""
 
@@ -27,20 +34,26 @@ class Pace:
     """Rows under way at a replica, and how many it has done a second of late."""
 
     rows: int = 0
+    first_end: float = 0.0
     last_end: float = 0.0
     done: float = 0.0
     busy: float = 0.0
 
     def speed(self, now: float) -> float | None:
         """Rows a second; None if it has not been measured of late."""
-        return self.done / self.busy if self.done and now - self.last_end < FRESH_SECONDS else None
+        known = self.done and self._fresh(now) and now - self.first_end >= SETTLE_SECONDS
+        return self.done / self.busy if known else None
 
     def finished(self, rows: int, begin: float, now: float) -> None:
         """An attempt has been answered; what it waited for others is not counted as its own."""
         spent = max(1e-6, now - max(begin, self.last_end))
-        fade = _FADE if now - self.last_end < FRESH_SECONDS else 0.0
-        self.done, self.busy = fade * self.done + rows, fade * self.busy + spent
+        if not (self.done and self._fresh(now)):
+            self.first_end, self.done, self.busy = now, 0.0, 0.0
+        self.done, self.busy = _FADE * self.done + rows, _FADE * self.busy + spent
         self.last_end = now
+
+    def _fresh(self, now: float) -> bool:
+        return now - self.last_end < FRESH_SECONDS
 
 
 class Latencies:
