@@ -86,6 +86,15 @@ def candidates(m: int, kind: Kind) -> Iterator[Tile]:
         tile = Tile(m, n, k, 1, count, deep, swapped, mapped, short)
         if fits(tile, kind):
             yield tile
+            yield from decoded_once(tile, kind)
+
+
+def decoded_once(tile: Tile, kind: Kind) -> Iterator[Tile]:
+    """Packed weights and many rows: three programs a multiprocessor, or a few rows more."""
+    if kind.packed and tile.swapped and tile.m == 64 and tile.warps == 4:
+        yield replace(tile, registers=168)
+    if kind.packed and tile.swapped and tile.m == 128 and tile.short:
+        yield replace(tile, more=16)
 
 
 def in_groups(m: int, kind: Kind) -> Iterator[Tile]:
@@ -107,7 +116,7 @@ def widths(m: int, kind: Kind) -> tuple[int, ...]:
     if kind.blocks:
         return (128,) if kind.halves == 2 else (64, 128)
     # Sums of two halves are twice as wide.
-    high = (64, 128) if kind.packed or kind.halves == 2 else (128, 256)
+    high = (64, 128) if kind.halves == 2 else (64, 128, 256) if kind.packed else (128, 256)
     return (32, 64, 128) if m <= 32 else high
 
 
@@ -185,8 +194,9 @@ def by_time(found: Found) -> float:
 
 
 def both(loose: bool, tile: Tile) -> Cut:
-    """The tile for both GEMMs; loose: blocks of one pair. Few rows are split in the loop."""
-    return Cut(not loose, loose or tile.m <= 16, tile, tile)
+    """The tile for both GEMMs; loose: blocks of one pair. Few rows are split in the loop, unless
+    enough warps multiply that these take the weights from registers."""
+    return Cut(not loose, loose or tile.m <= 16 and tile.warps < 4, tile, tile)
 
 
 def compile_all(shapes: Sequence[str], jobs: int, tokens: Sequence[int]) -> None:

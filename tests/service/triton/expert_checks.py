@@ -175,6 +175,23 @@ def test_weights_multiplied_from_registers(
     assert error(row_of(quant, "bf16"), spec, random_weights(spec, generator(seed)), batch) <= 1
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("quant", [QuantScheme.MXFP4, QuantScheme.NVFP4, QuantScheme.MXINT4])
+def test_a_few_rows_more_than_a_block(
+    quant: QuantScheme, mapped: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded once for both: experts of 80 rows and 9, of 69, of 64, of 50 and of 4."""
+    tile = Tile(64, 64, 128, swapped=True, mapped=mapped, short=32, more=16)
+    monkeypatch.setattr(Triton, "_cut", lambda self, tokens, top_k: Cut(True, False, tile, tile))
+    spec = layer(quant, expert_bias=True)
+    batch = batch_of(spec, 138, 2, seed)
+    assert batch.ids is not None
+    runs = (((3, 89), (5, 49)), ((5, 20), (0, 64), (6, 50), (1, 4)))
+    for slot, column in enumerate(runs):
+        batch.ids[:, slot] = torch.tensor([e for e, count in column for _ in range(count)])
+    assert error(row_of(quant, "bf16"), spec, random_weights(spec, generator(seed)), batch) <= 1
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 @pytest.mark.parametrize("quant", [QuantScheme.BF16, QuantScheme.MXFP4])
 def test_activations(quant: QuantScheme, activation: Activation, seed: int) -> None:

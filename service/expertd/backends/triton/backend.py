@@ -108,9 +108,9 @@ class Triton(Backend):
         """Where the second GEMM's input lies."""
         second, parts = self._native.second, _of(memory, "inner")
         scale = second.rows_scale if second.kind == "fixed" else parts.get("scale")
-        # Tensor maps read pieces only.
-        split = second.format.packed > 1 and (cut.second.mapped or not cut.in_loop)
-        return Rows(parts["codes"], scale, split)
+        # The tensor cores take fewer than 16 rows from registers, where they are split for nothing.
+        in_loop = cut.in_loop and cut.second.m < 16
+        return Rows(parts["codes"], scale, second.format.packed > 1 and not in_loop)
 
     def _sites(self, ids: Tensor, router: Tensor, cut: Cut, memory: Memory) -> list[Site]:
         """What both GEMMs are told of the call."""

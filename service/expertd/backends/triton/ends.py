@@ -93,7 +93,9 @@ def _store_inner(
     start = ptr + row[:, None] * inner
     mask = there[:, None] & inside[None, :]
     if INNER == "split":
-        _store_split(start, there, inner // 4, tile, values, M, N)
+        words = tl.reshape(values, (M, N // 32, 8, 4))
+        values = tl.reshape(tl.permute(words, (0, 1, 3, 2)), (M, N))
+        tl.store(start + column[None, :], rounded(values, ptr.dtype.element_ty), mask=mask)
     elif INNER == "groups":
         tl.static_assert(N == 128, "a tile is one group wide")
         codes, scale = quantized(tl.where(mask, values, 0.0))
@@ -108,19 +110,3 @@ def _store_inner(
         tl.store(start + column[None, :], values, mask=mask)
     else:
         tl.store(start + column[None, :], rounded(values, ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_split(start, there, words, tile, values, M: tl.constexpr, N: tl.constexpr):
-    """Columns of one remainder by 4 after those of another."""
-    even, odd = tl.split(tl.reshape(values, (M, N // 4, 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    column = tile * (N // 4) + tl.arange(0, N // 4)
-    mask = there[:, None] & (column < words)[None, :]
-    place = start + column[None, :]
-    KIND: tl.constexpr = start.dtype.element_ty
-    tl.store(place, rounded(first, KIND), mask=mask)
-    tl.store(place + words, rounded(second, KIND), mask=mask)
-    tl.store(place + 2 * words, rounded(third, KIND), mask=mask)
-    tl.store(place + 3 * words, rounded(fourth, KIND), mask=mask)

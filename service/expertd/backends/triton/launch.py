@@ -124,10 +124,11 @@ def second_call(site: Site, matrix: Matrix, tile: Tile, inner: Rows, parts: Tens
     width, hidden = inner.values.shape[1], parts.shape[1]
     arguments = site.arguments | _arguments(matrix, tile, inner, width, site.compute)
     arguments["inner_ptr"] = arguments["inner_map"] = arguments.pop("rows_ptr")
-    if arguments["MAPPED"] and site.sorted:
-        deep = tile.k // matrix.format.packed
+    neighbours = site.sorted and (inner.split or matrix.format.packed == 1)
+    arguments["ROW_MAP"] = arguments["MAPPED"] and neighbours
+    if arguments["ROW_MAP"]:
         high = HIGH.value if tile.grouped else tile.m
-        arguments["inner_map"] = _mapped(inner.values, high, deep)
+        arguments["inner_map"] = _mapped(inner.values, high, tile.k)
     arguments["inner_scale_ptr"] = arguments.pop("row_scale_ptr")
     arguments |= {"parts_ptr": parts, "hidden": hidden}
     return Call(second_gemm, (site.blocks.most * triton.cdiv(hidden, tile.n),), arguments)
@@ -138,6 +139,7 @@ def _arguments(
 ) -> dict[str, Any]:
     """What a GEMM is told of its matrix, its tile and its input."""
     form, weight = matrix.format, matrix.weight
+    assert rows.split or not tile.more, "more rows are read in the order of words' nibbles only"
     mapped = tile.mapped and _can_be_mapped(weight) and _can_be_mapped(rows.values)
     return {
         "rows_ptr": rows.values,
@@ -160,6 +162,7 @@ def _arguments(
         "SPLIT": rows.split,
         "COMPUTE": LANGUAGE[torch.float8_e4m3fn if matrix.fp8 else compute],
         "M": tile.m,
+        "MORE": tile.more,
         "N": tile.n,
         "K": tile.k,
         "together": tile.together,

@@ -23,6 +23,9 @@ Buffers = dict[str, Tensor]
 
 FP8 = torch.float8_e4m3fn
 
+PIECE = 32
+"""Columns that are put into another order among themselves, that of decode.in_turn."""
+
 
 def shapes(kind: Kind, rows: int, width: int, compute: torch.dtype) -> dict[str, Shape]:
     """The memory of rows [rows, width] of a kind: codes, and scale where each call has its own."""
@@ -62,10 +65,10 @@ def _given(batch: Batch, matrix: Matrix) -> Rows:
 
 
 def _split(rows: Tensor, matrix: Matrix, buffers: Buffers, beside: bool) -> Rows:
-    """Packed weights come four at a time: rows are split into columns of one remainder each."""
-    tokens = len(rows)
+    """Packed weights come four at a time: a piece is split into columns of one remainder each."""
     codes, words = buffers["codes"], matrix.format.packed
-    codes.view(tokens, words, -1).copy_(rows.view(tokens, -1, words).transpose(1, 2))
+    pieces = rows.view(-1, PIECE // words, words).transpose(1, 2)
+    codes.view(pieces.shape).copy_(pieces)
     return Rows(codes, split=True)
 
 

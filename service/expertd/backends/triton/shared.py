@@ -16,6 +16,8 @@ BESIDE = 3 * 1024
 """Barriers of tensor maps, and what warps exchange when they reduce."""
 COLUMNS = 512
 """Of tensor memory, where cards have it."""
+LOW = 16
+"""The most rows of a block of packed weights that are split in the loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,9 @@ def _smaller(tile: Tile, matrix: Matrix) -> Iterator[Tile]:
     if tile.grouped:
         tile = replace(tile, m=64, short=0, grouped=False, registers=0)
         yield tile
+    if tile.more:
+        tile = replace(tile, more=0)
+        yield tile
     while tile.m > 16:
         tile = _lower(tile)
         yield tile
@@ -77,18 +82,19 @@ def _lower(tile: Tile) -> Tile:
 def _narrowed(tile: Tile, matrix: Matrix, halves: int) -> Tile:
     """The tile, or one whose sums fit tensor memory."""
     while columns(tile, matrix, halves) > COLUMNS:
+        tile = replace(tile, more=0) if tile.more else tile
         tile = _lower(tile) if tile.swapped else replace(tile, n=tile.n // 2)
     return tile
 
 
 def columns(tile: Tile, matrix: Matrix, halves: int) -> int:
     """Columns of tensor memory, at most, that a GEMM takes where its sums lie there."""
-    high, wide = (tile.n, tile.m) if tile.swapped else (tile.m, tile.n)
+    high, wide = (tile.n, tile.high) if tile.swapped else (tile.m, tile.n)
     if high < 64:
         return 0  # too few rows for what has its sums there
     packed = matrix.format.packed
-    # Each multiplication of a step has sums of its own: packed weights come as four matrices.
-    sums = packed * halves * wide
+    # Each multiplication of a step has sums of its own: low blocks may come as four matrices.
+    sums = (packed if tile.m <= LOW else 1) * halves * wide
     if packed > 1 and not tile.swapped:
         return sums if high > 64 else sums // 2
     # What is converted before it is multiplied from the left lies beside them.
@@ -112,7 +118,7 @@ def need(tile: Tile, matrix: Matrix, halves: int, card: Card) -> int:
 def _step(tile: Tile, matrix: Matrix, halves: int) -> int:
     """Bytes of rows, of weights and of groups' scales that a step of the loop loads."""
     form, values = matrix.format, halves * tile.n * tile.k
-    rows = tile.m * tile.k * (1 if matrix.fp8 else 2)
+    rows = tile.high * tile.k * (1 if matrix.fp8 else 2)
     weights = values * matrix.weight.element_size() // form.packed
     if form.group in (0, 128):
         return rows + weights

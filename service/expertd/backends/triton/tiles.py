@@ -22,7 +22,8 @@ class Tile:
     through tensor maps, by the copy engine that cards have from SM90 on. short: blocks of at most
     so many rows are computed as that high; 0: all are m high. grouped: m is two or three groups of
     64 rows, multiplied one after the other, and short one or two. registers: the most that a thread
-    may have, so that more programs fit a multiprocessor; 0: as many as there are.
+    may have, so that more programs fit a multiprocessor; 0: as many as there are. more: so many
+    rows beyond m a block may have, of packed weights and split rows.
     """
 
     m: int
@@ -36,6 +37,12 @@ class Tile:
     short: int = 0
     grouped: bool = False
     registers: int = 0
+    more: int = 0
+
+    @property
+    def high(self) -> int:
+        """How many rows a block has at most."""
+        return self.m + self.more
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,8 @@ class Cut:
     """The tiles of both GEMMs.
 
     sorted: pairs are sorted by expert; else each is a block of its own. in_loop: the rows of packed
-    weights, which come in words of four, are split likewise inside the GEMMs and not before them.
+    weights, which come in words of four, are split likewise inside the first GEMM and not before
+    it, and inside the second if its blocks are low.
     """
 
     sorted: bool
@@ -54,7 +62,7 @@ class Cut:
     @property
     def heights(self) -> tuple[int, int]:
         """How high the blocks of each GEMM are."""
-        return self.first.m, self.second.m
+        return self.first.high, self.second.high
 
 
 @dataclass(frozen=True, slots=True)
