@@ -105,11 +105,12 @@ def test_every_route_wants_its_scope(guarded: Server) -> None:
                 name: web.request(method, path, headers={"authorization": f"Bearer {token}"})
                 for name, token in {**TOKENS, "stranger": "x" * 20}.items()
             }
-            nobody = web.request(method, path).status_code
+            nobody = web.request(method, path)
             if scope is None:
-                assert nobody == 200
+                assert nobody.status_code == 200
                 continue
-            assert (nobody, statuses.pop("stranger").status_code) == (401, 401), path
+            assert (nobody.status_code, statuses.pop("stranger").status_code) == (401, 401), path
+            assert nobody.headers["www-authenticate"] == "Bearer"
             for name, response in statuses.items():
                 assert (response.status_code == 403) == (name != scope), (path, name)
 
@@ -150,6 +151,22 @@ def test_a_post_checks_host_and_origin(
     headers = {"authorization": f"Bearer {TOKENS['infer']}"} | headers
     with httpx.Client(base_url=guarded.url, trust_env=False) as web:
         assert web.post("/v1/forward", headers=headers).status_code == status
+
+
+def test_who_posts_to_an_address_of_this_machine_need_not_be_told_of(home: Path) -> None:
+    """Names are: a foreign page may give its own name our address."""
+    tokens = home / "tokens-everywhere"
+    tokens.write_text(f"infer {TOKENS['infer']}\n")
+    flags = ("--identity", "echo=8", "--host", "0.0.0.0", "--tokens", str(tokens))
+    with in_process(*flags) as (_, addresses):
+        url = f"http://127.0.0.2:{addresses.http.split(':')[1]}/v1/forward"
+        bearer = {"authorization": f"Bearer {TOKENS['infer']}"}
+        with httpx.Client(headers=bearer, trust_env=False) as web:
+            assert web.post(url).status_code == 400
+            foreign = web.post(url, headers={"host": "evil.example"})
+            assert foreign.status_code == 403 and "--allow-host" in foreign.text
+            origin = web.post(url, headers={"origin": "http://127.0.0.3"})
+            assert origin.status_code == 403
 
 
 @pytest.mark.parametrize(

@@ -59,20 +59,32 @@ class HttpDoor:
             presented = headers.get("authorization", b"").decode("latin-1")
             TOKEN.set(self._guard.allow(scope_for(HTTP_SCOPES, scope["path"]), presented))
             if scope["method"] not in SAFE_METHODS:
-                self._check_origin(headers)
+                self._check_origin(headers, _reached(scope))
         except ExpertdError as error:
             return await http_error(error)(scope, receive, send)
         return await self._app(scope, receive, send)
 
-    def _check_origin(self, headers: dict[str, bytes]) -> None:
-        """A page of another site must not be able to post here through its visitor's browser."""
+    def _check_origin(self, headers: dict[str, bytes], reached: str) -> None:
+        """A page of another site must not be able to post here through its visitor's browser.
+
+        Such a page may give its own name our address, but not be at the address itself.
+        """
+        hosts = self._hosts | {reached}
         host = headers.get("host", b"").decode("latin-1")
-        if _name(f"//{host}") not in self._hosts:
-            accepted = ", ".join(sorted(self._hosts))
-            raise PermissionDenied(f"Host {host[:100]!r} is not this server; accepted: {accepted}")
+        if _name(f"//{host}") not in hosts:
+            raise PermissionDenied(
+                f"Host {host[:100]!r} is not this server; accepted: {', '.join(sorted(hosts))}, "
+                "and names that it was started with (--allow-host)"
+            )
         origin = headers.get("origin", b"").decode("latin-1")
-        if origin and _name(origin) not in self._hosts:
+        if origin and _name(origin) not in hosts:
             raise PermissionDenied(f"Origin {origin[:100]!r} may not change anything here")
+
+
+def _reached(scope: MutableMapping[str, Any]) -> str:
+    """The address of ours that the caller came to."""
+    address, _ = scope.get("server") or ("", None)
+    return str(address)
 
 
 def _name(url: str) -> str:

@@ -11,7 +11,7 @@ import grpc
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from expertd.errors import ExpertdError, Internal
+from expertd.errors import ExpertdError, Internal, Unauthenticated
 from expertd_wire.methods import STATUS_KEY
 from expertd_wire.status import pack_status, unpack_status
 
@@ -59,8 +59,11 @@ def error_body(error: ExpertdError) -> dict[str, Any]:
 
 
 def http_error(error: ExpertdError) -> JSONResponse:
-    wait = error.retry_seconds
-    headers = None if wait is None else {"Retry-After": str(math.ceil(wait))}
+    headers = {}
+    if (wait := error.retry_seconds) is not None:
+        headers["Retry-After"] = str(math.ceil(wait))
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.wire.http, headers=headers)
 
 
