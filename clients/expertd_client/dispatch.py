@@ -16,7 +16,7 @@ from expertd_client.fleet.message import PoolCall, output_of, read_reply, work_b
 from expertd_client.fleet.pace import Allowance, Latencies
 from expertd_client.fleet.placement import Changed, Placement, Policy, agreed_edition, none_ready
 from expertd_client.fleet.tasks import cancel, final, first_good, off, together
-from expertd_client.replicas import Fleet, Replica
+from expertd_client.replicas import Fleet, Replica, names
 from expertd_client.sharding import (
     Part,
     Piece,
@@ -108,6 +108,7 @@ class Delivery:
         self._last: ExpertdError | None = None
         self._attempts = 0
         self._faulty: set[str] = set()
+        self._late: set[str] = set()
         self._reserved: dict[int, tuple[Part, Replica]] = {}
         self._lanes: dict[str, asyncio.Semaphore] = {}
 
@@ -275,6 +276,8 @@ class Delivery:
         self, place: Placement, part: Part, others: frozenset[str], stalled: bool
     ) -> bool:
         replica = self._desk.fleet.replicas.get(part.holder.name)
+        if stalled:
+            self._late.add(part.holder.name)
         if stalled and replica is not None:
             replica.stalled = True
             replica.nudge.set()
@@ -327,7 +330,9 @@ class Delivery:
         last = f"the last error: {self._last}" if self._last else ""
         if self._place.waiting:
             return self._place.unavailable([*sorted(self._place.waiting), last])
-        return DeadlineExceeded("; ".join(filter(None, ("no answer within the deadline", last))))
+        late = f"late: {names(sorted(self._late))}" if self._late else ""
+        told = ("no answer within the deadline", late, last)
+        return DeadlineExceeded("; ".join(filter(None, told)))
 
     def _outcome(self, place: Placement, got: Got) -> Outcome:
         tokens, hidden = self._call.tokens, place.edition.layer.hidden

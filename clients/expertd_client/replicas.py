@@ -155,8 +155,7 @@ class Fleet:
     def absent(self) -> str:
         """Why nobody may be there, in words: endpoints that cannot be read, or who is away."""
         away = [replica.target for replica in self.replicas.values() if not replica.serving]
-        more = ", …" if len(away) > _MOST_TOLD else ""
-        told = f"not in service: {', '.join(away[:_MOST_TOLD])}{more}" if away else ""
+        told = f"not in service: {names(away)}" if away else ""
         return "; ".join(filter(None, (self._unread, told)))
 
     def offers(self, model: str | None = None) -> list[Offer]:
@@ -231,8 +230,9 @@ class Fleet:
                 self._settle(await self._source.read())
                 self._unread = ""
             except ExpertdError as error:
+                if self._unread != str(error):
+                    log.warning("endpoints stay as they were: %s", error)
                 self._unread = str(error)
-                log.warning("endpoints stay as they were: %s", error)
             self._read_once = True
             if not self._source.changing:
                 return
@@ -301,6 +301,12 @@ class Fleet:
         self._editions = {}
         self._change.set()
         self._change = asyncio.Event()
+
+
+def names(targets: Sequence[str]) -> str:
+    """The first of them, for an error's text."""
+    more = ", …" if len(targets) > _MOST_TOLD else ""
+    return f"{', '.join(targets[:_MOST_TOLD])}{more}"
 
 
 def _several(model: str, layer: int, found: list[Edition], chosen: Edition) -> str:

@@ -211,7 +211,9 @@ def test_a_replica_that_returns_is_used_again() -> None:
         until(lambda: ask(pool) and len(fleet[0].calls) > before)
 
 
-def test_endpoints_are_read_again(impatient: None, tmp_path: Path) -> None:
+def test_endpoints_are_read_again(
+    impatient: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fleet, listed = whole(3), tmp_path / "replicas"
     listed.write_text("r0:1  # the first\n\n# nobody else\n")
     with ExpertPool(listed, connect=fleet.connect) as pool:
@@ -224,9 +226,11 @@ def test_endpoints_are_read_again(impatient: None, tmp_path: Path) -> None:
         assert len(fleet[0].calls) == before and fleet[1].calls and fleet[2].calls
         until(lambda: fleet.links[0].closed)
         for unreadable in ("r1:1\nnot an address\n", "", None):
+            caplog.clear()
             listed.unlink() if unreadable is None else listed.write_text(unreadable)
             time.sleep(0.1)
             assert len(pool.layers(MODEL)) == 2, "a list that cannot be read changes nothing"
+            assert 1 <= len(caplog.messages) <= 2, "it is read many times, and told of once"
         listed.write_text("r0:1\nr1:1\nr2:1\n")
         until(lambda: len(pool.layers(MODEL)) == 3)
     assert all(link.closed for link in fleet.links)

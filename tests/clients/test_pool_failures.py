@@ -239,7 +239,7 @@ def test_a_call_ends_at_its_deadline(impatient: None) -> None:
     with pool_over(fleet) as pool:
         pool.layers(MODEL)
         begin = time.monotonic()
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(DeadlineExceeded, match=r"within the deadline; late: r\d:1, r\d:1"):
             ask(pool, timeout=0.5)
         assert 0.5 <= time.monotonic() - begin < 5
         until(lambda: all(server.cancelled == len(server.calls) for server in fleet))
