@@ -51,11 +51,16 @@ def _check(experts: int, replicas: int, redundant: int, most: int) -> None:
             f"{experts} experts on {replicas} replicas with room for {most} and {redundant} "
             "redundant: at least one expert, one replica and room for one are needed"
         )
-    slots = experts + redundant
-    if not replicas <= slots <= replicas * most:
+    least, places = max(0, replicas - experts), replicas * most
+    if places < experts:
         raise InvalidArgument(
-            f"{experts} experts and {redundant} redundant ones make {slots} places; {replicas} "
-            f"replicas, each with 1 to {most} of the experts, have {replicas} to {replicas * most}"
+            f"{experts} experts given; {replicas} replicas with room for {most} have {places} "
+            "places: more replicas or more room are needed"
+        )
+    if not least <= redundant <= places - experts:
+        raise InvalidArgument(
+            f"{redundant} redundant experts given; {least} to {places - experts} are accepted, for "
+            f"each of {replicas} replicas has 1 to {most} of {experts} experts"
         )
 
 

@@ -98,9 +98,20 @@ def test_what_is_left_of_redundancy_goes_to_the_hottest_per_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("replicas", "redundant", "most"),
-    [(0, 0, None), (1, -1, None), (5, 0, None), (2, 5, None), (2, 0, 1), (2, 1, 2), (1, 0, 0)],
+    ("replicas", "redundant", "most", "told"),
+    [
+        (0, 0, None, "at least one expert"),
+        (1, -1, None, "at least one expert"),
+        (1, 0, 0, "at least one expert"),
+        (5, 0, None, "0 redundant experts given; 1 to 16 are accepted"),
+        (2, 5, None, "5 redundant experts given; 0 to 4 are accepted"),
+        (2, 3, 3, "3 redundant experts given; 0 to 2 are accepted"),
+        (2, 1, 2, "1 redundant experts given; 0 to 0 are accepted"),
+        (2, 0, 1, "2 replicas with room for 1 have 2 places"),
+    ],
 )
-def test_numbers_that_no_ranges_have(replicas: int, redundant: int, most: int | None) -> None:
-    with pytest.raises(InvalidArgument, match="experts"):
+def test_numbers_that_no_ranges_have(
+    replicas: int, redundant: int, most: int | None, told: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=told):
         balance([1, 1, 1, 1], replicas, redundant, most)
