@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import metadata, util
+from importlib import metadata
 from typing import Literal
 
 from expertd.errors import InvalidArgument
@@ -70,10 +70,10 @@ def device_named(name: str, flashinfer: str | None = None) -> DeviceInfo:
 
 
 def _cuda_count() -> int:
-    if util.find_spec("torch") is None:
+    try:
+        import torch
+    except ImportError:  # a base install, which can still be asked about cards
         return 0
-    import torch
-
     return torch.cuda.device_count()
 
 

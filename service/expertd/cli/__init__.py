@@ -64,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has read enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("expertd"):
+            raise
+        print(f"expertd: {_wanting(argv[0], error.name)}", file=sys.stderr)
+        return 1
     except OSError as error:  # a full disk, a file that may not be read: not a fault of ours
         print(f"expertd: {error}", file=sys.stderr)
         return 1
@@ -72,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _wanting(command: str, module: str) -> str:
+    return (
+        f"{command} needs the module {module}, which is not installed; a base install only reads "
+        "data and asks servers, the rest comes with: pip install 'expertd[server]'"
+    )
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

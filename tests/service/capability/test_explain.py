@@ -250,15 +250,45 @@ def test_a_failed_cell_is_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not answer["plans"]
 
 
-def test_the_commands_work_without_torch() -> None:
-    """In a process where importing torch fails, as in a base install."""
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from expertd.cli import main\n"
-        f"code = main(['explain', '--json', '--device', 'sm90', '--spec', {spec()!r}])\n"
-        "code += main(['capabilities', '--json', '--device', 'sm100', '--flashinfer', '0.6.18'])\n"
-        "sys.exit(code)"
+ABSENT = {
+    "nowhere": "sys.meta_path.insert(0, Nowhere())",
+    "halted": "sys.modules['torch'] = None",
+}
+BASE_INSTALL = """
+import sys
+class Nowhere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+{absent}
+from expertd.cli import main
+sys.exit(max(main(args) for args in {commands!r}))
+"""
+
+
+def in_a_base_install(absent: str, *commands: list[str]) -> subprocess.CompletedProcess[str]:
+    """The commands in a process where importing torch fails."""
+    code = BASE_INSTALL.format(absent=ABSENT[absent], commands=commands)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+def test_the_commands_work_without_torch(absent: str) -> None:
+    done = in_a_base_install(
+        absent,
+        ["explain", "--json", "--device", "sm90", "--spec", spec()],
+        ["explain", "--json", "--spec", spec()],
+        ["capabilities", "--json", "--device", "sm100", "--flashinfer", "0.6.18"],
+        ["capabilities", "--json"],
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode in (0, 3), done.stderr
-    assert '"rejected"' in done.stdout and '"drift"' in done.stdout
+    assert done.stdout.count('"rejected"') == 2 and done.stdout.count('"drift"') == 2
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+@pytest.mark.parametrize("command", [["serve", "--demo"], ["verify"], ["demo-model", "--out", "x"]])
+def test_what_needs_torch_says_how_to_get_it(absent: str, command: list[str]) -> None:
+    done = in_a_base_install(absent, command)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "torch" in done.stderr and "expertd[server]" in done.stderr
+    assert "Traceback" not in done.stderr
