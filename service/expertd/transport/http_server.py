@@ -11,6 +11,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from expertd.errors import InvalidArgument, TooLarge
+from expertd.transport.interceptors import http_error
 from expertd.transport.tls import Reload, TlsFiles, ssl_context
 
 RELOAD_SECONDS = 1.0
@@ -129,8 +131,13 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        many = self._head_bytes > self.limits.max_header_bytes
-        super().send_400_response(self._refusal if many else msg)
+        """As every other error, where uvicorn would answer plain text."""
+        many = msg == self._refusal or self._head_bytes > self.limits.max_header_bytes
+        answer = http_error(TooLarge(self._refusal) if many else InvalidArgument(msg))
+        fields = (*answer.raw_headers, (b"connection", b"close"))
+        head = b"".join(b"%b: %b\r\n" % field for field in fields)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n%b\r\n%b" % (head, bytes(answer.body)))
+        self.transport.close()
 
     def _await_head(self) -> None:
         """Every request's head has its time, not only the connection's first."""
