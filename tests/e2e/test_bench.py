@@ -16,10 +16,11 @@ from tests.waiting import until
 DEMO = ("--model", "demo", "--layer", "0", "--duration", "0.3")
 
 
-def test_a_closed_loop_as_json_and_as_a_picture(home: Path, server: Server) -> None:
-    picture = home / "out.svg"
+@pytest.mark.parametrize("carrier", ["grpc", "http"])
+def test_a_closed_loop_as_json_and_as_a_picture(home: Path, server: Server, carrier: str) -> None:
+    picture, target = home / "out.svg", {"grpc": server.grpc, "http": server.http}[carrier]
     flags = ("--tokens", "1,5", "--concurrency", "1,3", "--json", "--plot", str(picture))
-    ended = expertd(home, "bench", server.grpc, *DEMO, "--carrier", "grpc", *flags)
+    ended = expertd(home, "bench", target, *DEMO, "--carrier", carrier, *flags)
     assert ended.returncode == 0, ended.stderr
     cells = json.loads(ended.stdout)["cells"]
     assert [(c["tokens"], c["concurrency"]) for c in cells] == [(1, 1), (1, 3), (5, 1), (5, 3)]

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from expertd.bench.carriers import CARRIERS, Carrier
 from expertd.bench.target import Target
 from expertd_client import Overloaded
 from expertd_client.calls import CallOptions
@@ -35,15 +36,25 @@ class Layer:
     num_experts: int
     top_k: int
     backend: str | None = None
+    carrier: str = "grpc"
+
+    def open(self) -> Carrier:
+        """Connections to its server."""
+        return CARRIERS[self.carrier](self.target)
 
 
 def find_layer(
-    target: Target, model: str, number: int, backend: str | None = None, timeout: float = 30.0
+    target: Target,
+    model: str,
+    number: int,
+    backend: str | None = None,
+    timeout: float = 30.0,
+    carrier: str = "grpc",
 ) -> Layer:
     """Asks the server for the layer's sizes; raises the client's errors."""
-    with target.client() as client:
-        info = client.layer(model, number, timeout=timeout)
-    return Layer(target, model, number, info.hidden, info.num_experts, info.top_k, backend)
+    with CARRIERS[carrier](target) as opened:
+        sizes = opened.sizes(model, number, timeout)
+    return Layer(target, model, number, *sizes, backend, carrier)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,5 +93,5 @@ def _routing(random: np.random.Generator, tokens: int, layer: Layer, routing: st
 def try_call(layer: Layer, routing: str) -> None:
     """Raises what the server has against the layer's smallest call, unless it is merely busy."""
     call = make_call(layer, 1, 0, routing)
-    with layer.target.client() as client, suppress(Overloaded):
-        client.call(layer.model, layer.number, call.rows, **call.options)
+    with layer.open() as carrier, suppress(Overloaded):
+        carrier.ask(layer.model, layer.number, call.rows, call.options)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
+from expertd.bench.carriers import Carrier
 from expertd.bench.load import Call, Cell, Layer, make_call
 from expertd.bench.pace import Pace
-from expertd_client import Client, ExpertdError
+from expertd_client import ExpertdError
 from expertd_client.closing import Closing
 
 WARM_UP_CALLS = 2
@@ -121,17 +122,17 @@ def _work(line: Connection) -> None:
 
 
 def run_share(share: Share) -> Outcome:
-    """All callers of one process, as threads on one connection."""
+    """All callers of one process, as threads that share what the carrier shares."""
     call = make_call(share.layer, share.cell.tokens, share.seed, share.routing)
-    with share.layer.target.client() as client:
+    with share.layer.open() as carrier:
         for _ in range(WARM_UP_CALLS):
-            _answer(client, share.layer, call)
+            _answer(carrier, share.layer, call)
         outcome, lock = Outcome(), threading.Lock()
         pace = Pace(share.seconds, share.cell.rate, share.seed)
         begin = time.perf_counter()
 
         def caller() -> None:
-            mine = _calls(client, share.layer, call, pace, begin)
+            mine = _calls(carrier, share.layer, call, pace, begin)
             with lock:
                 outcome.samples += mine
 
@@ -142,20 +143,19 @@ def run_share(share: Share) -> Outcome:
     return outcome
 
 
-def _calls(client: Client, layer: Layer, call: Call, pace: Pace, begin: float) -> list[Sample]:
+def _calls(carrier: Carrier, layer: Layer, call: Call, pace: Pace, begin: float) -> list[Sample]:
     samples = []
     while (due := pace.next(time.perf_counter() - begin)) is not None:
         if (early := begin + due - time.perf_counter()) > 0:
             time.sleep(early)
-        times = _answer(client, layer, call)
+        times = _answer(carrier, layer, call)
         latency = time.perf_counter() - begin - due
         samples.append(times._replace(latency=int(latency * 1e9)))
     return samples
 
 
-def _answer(client: Client, layer: Layer, call: Call) -> Sample:
+def _answer(carrier: Carrier, layer: Layer, call: Call) -> Sample:
     try:
-        reply = client.call(layer.model, layer.number, call.rows, **call.options)
+        return Sample(0, *carrier.ask(layer.model, layer.number, call.rows, call.options))
     except ExpertdError as error:
         return Sample(0, reason=error.reason)
-    return Sample(0, reply.queued_ns, reply.staged_ns, reply.computed_ns)

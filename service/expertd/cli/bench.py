@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from expertd.bench.carriers import CARRIERS
 from expertd.bench.load import Cell, Layer, find_layer, make_call, try_call
 from expertd.bench.plot import plot
 from expertd.bench.summary import Summary, summarize
@@ -25,7 +26,6 @@ from expertd.cli.tables import console, folded
 from expertd.config import number
 from expertd.errors import InvalidArgument
 
-CARRIERS = ("grpc",)
 MOST_PROCESSES = 32
 TOKENS = listed(number(1, 1 << 24))
 CALLERS = listed(number(1, 4096))
@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--routing", choices=("logits", "topk"), default="topk")
     parser.add_argument("--backend", default=None, help="pin a backend")
-    parser.add_argument("--carrier", choices=CARRIERS, default="grpc")
+    parser.add_argument(
+        "--carrier",
+        choices=tuple(CARRIERS),
+        default="grpc",
+        help="how calls travel (default grpc); for http, TARGET is the server's HTTP address",
+    )
     parser.add_argument(
         "--duration",
         type=arguments.seconds,
@@ -72,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.plot and not args.plot.parent.is_dir():
         raise InvalidArgument(f"--plot {args.plot}: {args.plot.parent} is not a directory")
-    layer = find_layer(arguments.target(args), args.model, args.layer, args.backend)
+    target = arguments.target(args)
+    layer = find_layer(target, args.model, args.layer, args.backend, carrier=args.carrier)
     try_call(layer, args.routing)
     summaries = list(_measure(args, layer))
     title = f"{args.model}/{args.layer} over {args.carrier}"
