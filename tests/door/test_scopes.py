@@ -83,7 +83,7 @@ def routes() -> list[tuple[str, str]]:
     with in_process("--identity", "echo=8") as (app, _):
         found = app.http_application.routes
     return [
-        (method, route.path.replace("{model}", "demo").replace("{layer}", "0"))
+        (method, route.path.replace("{model:path}", "demo").replace("{layer}", "0"))
         for route in found
         for method in sorted(getattr(route, "methods", None) or {"GET"})
     ]

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load as load_numpy
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import load, save
+from tests.e2e.servers import in_process
 from tests.strategies import generator, relative
 
 from expertd_client import Client
@@ -135,6 +136,19 @@ def test_what_is_no_route_is_told_in_our_shape(
     response = web.request(method, path)
     assert response.status_code == status
     assert set(response.json()["error"]) == {"code", "reason", "message", "reasons"}
+
+
+def test_a_model_may_be_named_as_its_authors_do() -> None:
+    model = "deepseek-ai/DeepSeek-V3"
+    with (
+        in_process("--identity", f"{model}=8") as (_, addresses),
+        httpx.Client(base_url=f"http://{addresses.http}", trust_env=False) as web,
+    ):
+        for name in (model, "deepseek-ai%2FDeepSeek-V3"):
+            assert web.get(f"/v1/layers/{name}/0").json()["model"] == model
+            assert web.get(f"/v1/layers/{name}/1").status_code == 404
+            assert web.get(f"/v1/layers/{name}/x").status_code == 400
+        assert post(web, {"hidden_states": torch.ones(2, 8)}, model=model).status_code == 200
 
 
 def test_layers(web: httpx.Client) -> None:

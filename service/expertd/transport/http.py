@@ -57,7 +57,7 @@ def _add_questions(app: FastAPI, desk: Desk, capabilities: Question) -> None:
         found = messages.list_layers(residents, model).layers
         return {"layers": [to_json(layer) for layer in found]}
 
-    @app.get("/v1/layers/{model}/{layer}")
+    @app.get("/v1/layers/{model:path}/{layer}")
     def get_layer(model: str, layer: int) -> dict[str, Any]:
         return to_json(messages.layer_info(residents.get(model, layer)))
 
