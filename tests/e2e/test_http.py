@@ -138,6 +138,13 @@ def test_what_is_no_route_is_told_in_our_shape(
     assert set(response.json()["error"]) == {"code", "reason", "message", "reasons"}
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_a_balancer_may_ask_for_the_head_alone(web: httpx.Client, path: str) -> None:
+    asked = web.head(path)
+    assert (asked.status_code, asked.content) == (200, b"")
+    assert asked.headers["content-length"] == web.get(path).headers["content-length"]
+
+
 def test_a_model_may_be_named_as_its_authors_do() -> None:
     model = "deepseek-ai/DeepSeek-V3"
     with (

@@ -72,12 +72,14 @@ def _add_questions(app: FastAPI, desk: Desk, capabilities: Question) -> None:
 
 
 def _add_health(app: FastAPI, desk: Desk) -> None:
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
         """Whether this process can still work; 503 asks its supervisor to restart it."""
         healthy = desk.engine.healthy
         return JSONResponse({"healthy": healthy}, status_code=200 if healthy else 503)
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
         missing = desk.engine.missing()
