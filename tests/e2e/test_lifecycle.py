@@ -24,7 +24,7 @@ from tests.waiting import until
 
 from expertd.cli import main
 from expertd.engine.resident import LayerState
-from expertd_client import Client
+from expertd_client import Client, ExpertPool
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -104,6 +104,18 @@ def test_a_drain_that_takes_too_long_is_told() -> None:
         assert not app.stop()
         gate.opened.set()
         call.join(MINUTE)
+
+
+def test_a_stop_does_not_wait_for_those_who_watch_its_health() -> None:
+    """Every pool does, all the time; only accepted calls are worth a wait."""
+    with in_process(*FLAGS, "--drain-seconds", str(10 * MINUTE), stop_after=False) as (app, at):
+        assert app.wait_ready()
+        with ExpertPool([at.grpc]) as one, ExpertPool([at.grpc]) as another:
+            assert one.layers() and another.layers()
+            stop = threading.Thread(target=app.stop, daemon=True)
+            stop.start()
+            stop.join(MINUTE)
+            assert not stop.is_alive()
 
 
 def test_an_ipv6_address_is_told_as_clients_take_it() -> None:

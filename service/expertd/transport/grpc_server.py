@@ -86,7 +86,9 @@ class GrpcServer:
     def stop(self, grace: float) -> None:
         """Refuses new calls and waits up to grace seconds for those that run."""
         self._health.enter_graceful_shutdown()
-        self._server.stop(grace).wait()
+        ended = self._server.stop(grace)
+        self._health.end_watches()
+        ended.wait()
         self._workers.close()
         self._health.close()
 

@@ -203,12 +203,33 @@ class Health(health.HealthServicer):  # type: ignore[misc]
         super().__init__()
         self.Check = beside(super().Check, self._threads)
         # Its own way to name threads marks the class: another server's end would take them away.
-        self.Watch = beside(super().Watch, self._threads)
+        self.Watch = beside(self._watched, self._threads)
         self.Watch.experimental_non_blocking = True  # type: ignore[attr-defined]
+
+    def end_watches(self) -> None:
+        """Ends what never ends by itself: a server that stops would wait for every pool's."""
+        with self._lock:
+            watches = [tell for some in self._send_response_callbacks.values() for tell in some]
+        for tell in watches:
+            tell(None)
 
     def close(self) -> None:
         """Ends its thread; nobody asks any more."""
         self._threads.shutdown(wait=False)
+
+    def _watched(self, request: Any, context: Any, tell: Callable[[Any], None]) -> None:
+        super().Watch(request, context, _ended_once(tell))
+
+
+def _ended_once(tell: Callable[[Any], None]) -> Callable[[Any], None]:
+    """tell, whose None ends a call of gRPC, which minds being told so twice."""
+    first = threading.Lock()
+
+    def once(response: Any) -> None:
+        if response is not None or first.acquire(blocking=False):
+            tell(response)
+
+    return once
 
 
 def beside(method: Callable[..., Any], threads: ThreadPoolExecutor) -> Callable[..., Any]:
