@@ -48,6 +48,9 @@ def test_the_plan_and_the_times_are_in_the_metadata(web: httpx.Client, tmp_path:
     response = web.post(
         "/v1/forward", params=query, content=content, headers={"X-Request-Id": "id-3"}
     )
+    assert response.headers["x-request-id"] == "id-3"
+    refused = web.post("/v1/forward", params=query, headers={"X-Request-Id": "id-4"})
+    assert (refused.status_code, refused.headers["x-request-id"]) == (400, "id-4")
     (tmp_path / "reply").write_bytes(response.content)
     with safe_open(tmp_path / "reply", "pt") as reply:
         told = reply.metadata()

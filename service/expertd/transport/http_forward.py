@@ -23,6 +23,7 @@ from expertd.errors import (
 from expertd.transport.callers import http_caller
 from expertd.transport.calls import Desk, note_plan
 from expertd.transport.ingress import Ingress
+from expertd.transport.interceptors import request_id_of
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.safetensors import decode_body, encode_body
 from expertd_wire.tensors import WireTensor
@@ -104,7 +105,7 @@ def add_forward(app: FastAPI, desk: Desk, ingress: Ingress) -> None:
                 reply = note_plan(record, await _answer(desk, request, ticket))
             content = desk.timed(record, "encode", _encode, reply)
             ingress.take(len(content))
-        return Answer(content, ingress)
+        return Answer(content, ingress, request_id_of(request))
 
 
 class Answer(Response):
@@ -112,8 +113,8 @@ class Answer(Response):
 
     media_type = "application/octet-stream"
 
-    def __init__(self, content: bytes, ingress: Ingress) -> None:
-        super().__init__(content)
+    def __init__(self, content: bytes, ingress: Ingress, headers: dict[str, str]) -> None:
+        super().__init__(content, headers=headers)
         self._ingress = ingress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

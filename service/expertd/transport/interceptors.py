@@ -17,6 +17,8 @@ from expertd_wire.status import pack_status, unpack_status
 
 log = logging.getLogger(__name__)
 
+REQUEST_ID = "X-Request-Id"
+
 Method = Callable[[bytes, grpc.ServicerContext], bytes]
 
 INTERNAL = "an internal error; the server's log says more"
@@ -70,7 +72,15 @@ def http_error(error: ExpertdError) -> JSONResponse:
 async def on_expertd_error(request: Request, error: Exception) -> JSONResponse:
     """FastAPI's handler for our errors."""
     assert isinstance(error, ExpertdError)
-    return http_error(error)
+    response = http_error(error)
+    response.headers.update(request_id_of(request))
+    return response
+
+
+def request_id_of(request: Request) -> dict[str, str]:
+    """The header by which a caller finds its own request again, if it gave one."""
+    given = request.headers.get(REQUEST_ID)
+    return {REQUEST_ID: given} if given else {}
 
 
 async def on_any_error(request: Request, error: Exception) -> JSONResponse:
