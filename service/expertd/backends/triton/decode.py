@@ -90,8 +90,8 @@ def decode_words(words, scale, FORMAT: tl.constexpr, SCALE: tl.constexpr, COMPUT
 
 @triton.jit
 def in_turn(nibbles):
-    """Four [N, K] as one [N, 4 K], a quarter of every 32 columns from each: so many do the tensor
-    cores want of a thread that read two words at once, which then moves nothing."""
+    """Four [N, K] as one [N, 4 K], a quarter of every 32 columns from each: a thread that has read
+    two words at once has what wgmma wants of it, and moves nothing."""
     N: tl.constexpr = nibbles[0].shape[0]
     K: tl.constexpr = nibbles[0].shape[1]
     joined = tl.join(tl.join(nibbles[0], nibbles[1]), tl.join(nibbles[2], nibbles[3]))

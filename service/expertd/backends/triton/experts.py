@@ -39,7 +39,7 @@ def first_gemm(
     INNER: how inner is stored: "plain", "split" (by columns modulo 4), "fixed" (e4m3 by one scale
     an expert), "groups" (e4m3, a scale for 128 columns) or "mxfp8" (rounded to what mxfp8 holds).
     A block of at most SHORT rows is computed as one of that height: an expert's last ones are. One
-    of more than M rows has MORE, which SPLIT rows alone may have.
+    of more than M rows has MORE, where rows are SPLIT and SWAPPED.
     """
     # The second GEMM's programs would crowd where these leave room: they come when these are done.
     wait(CHAINED)
@@ -120,7 +120,7 @@ def _first_tile(
     token = (pair // top_k).to(tl.int64)
     top = expert * HALVES * inner
     scales_ptr = scale_ptr + expert * HALVES * scales
-    if SPLIT:
+    if SPLIT and SWAPPED:
         more_row, more_there, more_pair = members(begin, count, order_ptr, SORTED, LITTLE, M)
         more_token = (more_pair // top_k).to(tl.int64)
         up, gate, more_up, more_gate = accumulate_packed(
@@ -139,7 +139,8 @@ def _first_tile(
         up, gate = accumulate(
             rows_ptr, row_scale_ptr, token, there, 0,
             weight_ptr, scales_ptr, top, n, tile * N, inner, scales, width,
-            HALVES, FORMAT, GROUP, SCALE, ROWS, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED, False,
+            HALVES, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE,
+            M, N, K, EVEN, SWAPPED, MAPPED, False,
         )  # fmt: skip
     end_first(
         up, gate, row, there, pair, token, row_scale_ptr, end_scale_ptr, bias_ptr, router_ptr,
@@ -234,7 +235,7 @@ def _second_tile(
     row, there, pair = members(begin, count, order_ptr, SORTED, M, 0)
     n = tl.minimum(tile * N + tl.arange(0, N), hidden - 1)
     scales_ptr = scale_ptr + expert * scales_of_half(scale_ptr, hidden, width, GROUP)
-    if SPLIT:
+    if SPLIT and SWAPPED:
         more, more_there, more_pair = members(begin, count, order_ptr, SORTED, LITTLE, M)
         total, _, more_total, _ = accumulate_packed(
             inner_ptr, inner_map, row, there, begin, more, more_there,
@@ -251,7 +252,8 @@ def _second_tile(
         total, _ = accumulate(
             inner_map, inner_scale_ptr, row, there, begin,
             weight_ptr, scales_ptr, expert * hidden, n, tile * N, 0, 0, width,
-            1, FORMAT, GROUP, SCALE, ROWS, COMPUTE, M, N, K, EVEN, SWAPPED, MAPPED, ROW_MAP,
+            1, FORMAT, GROUP, SCALE, ROWS, SPLIT, COMPUTE,
+            M, N, K, EVEN, SWAPPED, MAPPED, ROW_MAP,
         )  # fmt: skip
     end_second(
         total, row, there, pair, inner_scale_ptr, end_scale_ptr, bias_ptr, router_ptr, parts_ptr,

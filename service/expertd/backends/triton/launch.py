@@ -124,8 +124,8 @@ def second_call(site: Site, matrix: Matrix, tile: Tile, inner: Rows, parts: Tens
     width, hidden = inner.values.shape[1], parts.shape[1]
     arguments = site.arguments | _arguments(matrix, tile, inner, width, site.compute)
     arguments["inner_ptr"] = arguments["inner_map"] = arguments.pop("rows_ptr")
-    neighbours = site.sorted and (inner.split or matrix.format.packed == 1)
-    arguments["ROW_MAP"] = arguments["MAPPED"] and neighbours
+    whole = matrix.format.packed == 1 or (inner.split and tile.swapped)
+    arguments["ROW_MAP"] = arguments["MAPPED"] and site.sorted and whole
     if arguments["ROW_MAP"]:
         high = HIGH.value if tile.grouped else tile.m
         arguments["inner_map"] = _mapped(inner.values, high, tile.k)
@@ -139,7 +139,7 @@ def _arguments(
 ) -> dict[str, Any]:
     """What a GEMM is told of its matrix, its tile and its input."""
     form, weight = matrix.format, matrix.weight
-    assert rows.split or not tile.more, "more rows are read in the order of words' nibbles only"
+    assert not tile.more or (rows.split and tile.swapped), "packed.py alone takes more rows"
     mapped = tile.mapped and _can_be_mapped(weight) and _can_be_mapped(rows.values)
     return {
         "rows_ptr": rows.values,

@@ -6,6 +6,8 @@ GROUP   how many neighbours along K share a weight scale in the loop: 0 none, 12
         share them too, the sum is scaled), 16 or 32 groups (the values are scaled)
 ROWS    what the rows are: "plain" (cast to COMPUTE), "fp8" (scaled after the loop, if at all),
         "fp8_groups" (a scale for 128 neighbours)
+SPLIT   rows of packed weights, which come in words of four: whether the first, fifth, … of each 32
+        columns lie before the second, sixth, … and so on in memory
 MAPPED  whether the weights come as a tensor map, which the copy engine of SM90 and later reads;
 ROW_MAP the same of the rows, which then are neighbours in memory
 """
@@ -20,10 +22,9 @@ import triton.language as tl
 from expertd.backends.triton.decode import decode, decode_scale, decode_words, times_groups
 from expertd.backends.triton.dot import multiply, nothing, rounded, scaled
 
-FEW = tl.constexpr(16)
-
-WORDS = tl.constexpr({8: tl.uint8, 16: tl.uint16, 32: tl.uint32})
-"""Unsigned integers of so many bits."""
+FEW, WIDE = tl.constexpr(16), tl.constexpr(256)
+"""Tiles of more rows and of fewer columns have so many threads that each has less than 4 bytes of a
+step's group scales, which Triton would wait for in every step: these are read a step ahead."""
 
 TALL, DEEP = tl.constexpr(32), tl.constexpr(256)
 """The scales of so many rows, for so many columns of each, lie together."""
@@ -49,6 +50,7 @@ def accumulate(
     GROUP: tl.constexpr,
     SCALE: tl.constexpr,
     ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
     COMPUTE: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -68,17 +70,19 @@ def accumulate(
     first = nothing(M, N, SWAPPED)
     second = nothing(M, N, SWAPPED)
     # Read a step ahead: Triton overlaps loads of 4 bytes and more, of what is multiplied, only.
-    scale = _block_scale(scale_ptr, begin, 0, width, GROUP)
-    other = _block_scale(scale_ptr + half_scales, begin, 0, width, GROUP)
+    scale = _scale_ahead(scale_ptr, n, begin, 0, width, GROUP, M, N, K)
+    other = _scale_ahead(scale_ptr + half_scales, n, begin, 0, width, GROUP, M, N, K)
     row_scale = _row_scale(row_scale_ptr, row, 0, width, ROWS)
     for k in range(0, width, K):
         ahead = tl.where(k + K < width, k + K, 0)
-        next_scale = _block_scale(scale_ptr, begin, ahead, width, GROUP)
-        next_other = _block_scale(scale_ptr + half_scales, begin, ahead, width, GROUP)
+        next_scale = _scale_ahead(scale_ptr, n, begin, ahead, width, GROUP, M, N, K)
+        next_other = _scale_ahead(
+            scale_ptr + half_scales, n, begin, ahead, width, GROUP, M, N, K
+        )  # fmt: skip
         next_row = _row_scale(row_scale_ptr, row, ahead, width, ROWS)
         rows = _step_rows(
             rows_ptr, row, there, row_begin, k, width,
-            FORMAT, GROUP, COMPUTE, K, EVEN, ROW_MAP,
+            FORMAT, GROUP, SPLIT, COMPUTE, K, EVEN, ROW_MAP,
         )  # fmt: skip
         first = _add(
             first, rows, row_scale, weight_ptr, scale_ptr, scale, top, n, begin, k, width,
@@ -97,13 +101,16 @@ def accumulate(
 @triton.jit
 def _step_rows(
     rows_ptr, row, there, row_begin, k, width,
-    FORMAT: tl.constexpr, GROUP: tl.constexpr, COMPUTE: tl.constexpr, K: tl.constexpr,
-    EVEN: tl.constexpr, ROW_MAP: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, SPLIT: tl.constexpr, COMPUTE: tl.constexpr,
+    K: tl.constexpr, EVEN: tl.constexpr, ROW_MAP: tl.constexpr,
 ):  # fmt: skip
-    """A step's rows [M, K]; where weights come in words, every fourth column, four times."""
+    """A step's rows: every fourth of their columns, four times, where weights come in words."""
     if FORMAT == "e2m1" or FORMAT == "int4":
         words = width // GROUP * (GROUP // 4)  # in a row; a multiple of 8 where GROUP is 32
-        rows = _interleaved(rows_ptr, row, there, k // 4, words, K // 4, EVEN)
+        if SPLIT:
+            rows = _planes(rows_ptr, row, there, k, width, K, EVEN)
+        else:
+            rows = _interleaved(rows_ptr, row, there, k // 4, words, K // 4, EVEN)
     else:
         place = [row_begin, k]
         tile = rows_ptr.load(place) if ROW_MAP else _tile(rows_ptr, row, k, width, K, EVEN)
@@ -122,7 +129,7 @@ def _add(
     if FORMAT == "e2m1" or FORMAT == "int4":
         words_of_row = width // GROUP * (GROUP // 4)
         words = _weights(weight_ptr, top, n, begin, k // 4, words_of_row, K // 4, EVEN, MAPPED)
-        scale = _group_scales(scale_ptr, n, k, width, GROUP, K, M > FEW)
+        scale = ahead if M > FEW and N < WIDE else _group_scales(scale_ptr, n, k, width, GROUP, K)
         values = decode_words(words, scale, FORMAT, SCALE, COMPUTE)
         for nibble in tl.static_range(4):
             total = multiply(rows[nibble], values[nibble], total, SWAPPED)
@@ -135,7 +142,11 @@ def _add(
             total += scaled(part, row_scale, ahead, SWAPPED)
         else:
             if GROUP == 32:
-                scale = _group_scales(scale_ptr, n, k, width, GROUP, K, M > FEW)
+                scale = (
+                    ahead
+                    if M > FEW and N < WIDE
+                    else _group_scales(scale_ptr, n, k, width, GROUP, K)
+                )
                 values = times_groups(values, decode_scale(scale, SCALE))
             total = multiply(rows[0], rounded(values, COMPUTE), total, SWAPPED)
     return total
@@ -156,6 +167,19 @@ def _weights(
 
 
 @triton.jit
+def _scale_ahead(
+    ptr, n, begin, k, width,
+    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A step's weight scales, of blocks or of groups, if they are read a step ahead; else 1."""
+    if GROUP > 0 and GROUP < 128 and M > FEW and N < WIDE:
+        scale = _group_scales(ptr, n, k, width, GROUP, K)
+    else:
+        scale = _block_scale(ptr, begin, k, width, GROUP)
+    return scale
+
+
+@triton.jit
 def _block_scale(ptr, begin, k, width, GROUP: tl.constexpr):
     """A step's weight scale, where a block of 128 x 128 shares one."""
     place = begin // 128 * ((width + 127) // 128) + k // 128
@@ -163,7 +187,7 @@ def _block_scale(ptr, begin, k, width, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _group_scales(ptr, n, k, width, GROUP: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr):
+def _group_scales(ptr, n, k, width, GROUP: tl.constexpr, K: tl.constexpr):
     """A step's weight scales [N, K / GROUP] as stored; those beyond width are of no matter.
 
     So many of TALL rows lie together as belong to DEEP columns: a step's are read in one go.
@@ -172,18 +196,8 @@ def _group_scales(ptr, n, k, width, GROUP: tl.constexpr, K: tl.constexpr, WIDE: 
     EACH: tl.constexpr = DEEP // GROUP
     tile = n.to(tl.int64) // TALL * (TALL * scales_of_row(width, GROUP)) + n % TALL * EACH
     piece = k // DEEP * (TALL * EACH) + (k // K - k // DEEP * (DEEP // K)) * (K // GROUP)
-    SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
-    EACH_WORD: tl.constexpr = min(32 // SIZE, K // GROUP) if WIDE else 1
-    WORD: tl.constexpr = WORDS[SIZE * EACH_WORD]
-    word = ptr.to(tl.pointer_type(WORD), bitcast=True)
-    column = piece // EACH_WORD + tl.arange(0, K // GROUP // EACH_WORD)
-    words = tl.load(word + (tile // EACH_WORD)[:, None] + column[None, :])
-    if EACH_WORD == 4:
-        words = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
-    elif EACH_WORD == 2:
-        words = tl.join(words, words >> SIZE)
-    scales = tl.reshape(words, (n.shape[0], K // GROUP)).to(WORDS[SIZE])
-    return scales.to(ptr.dtype.element_ty, bitcast=True)
+    column = piece + tl.arange(0, K // GROUP)
+    return tl.load(ptr + tile[:, None] + column[None, :])
 
 
 @triton.jit
@@ -208,17 +222,22 @@ def _tile(ptr, row, k, width, K: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def present(ptr, row, there, k, width, K: tl.constexpr, EVEN: tl.constexpr):
-    """The same without reading rows that are not there."""
-    column = k + tl.arange(0, K)
-    mask = there[:, None] if EVEN else there[:, None] & (column < width)[None, :]
+def _planes(ptr, row, there, k, width, K: tl.constexpr, EVEN: tl.constexpr):
+    """Four pieces of rows that were split into columns of one remainder each."""
+    word = tl.arange(0, K // 4)
+    column = k + word // 8 * 32 + word % 8
     place = ptr + row.to(tl.int64)[:, None] * width + column[None, :]
-    return tl.load(place, mask=mask, other=0.0)
+    mask = there[:, None] if EVEN else there[:, None] & (column < width)[None, :]
+    first = tl.load(place, mask=mask, other=0.0)
+    second = tl.load(place + 8, mask=mask, other=0.0)
+    third = tl.load(place + 16, mask=mask, other=0.0)
+    fourth = tl.load(place + 24, mask=mask, other=0.0)
+    return first, second, third, fourth
 
 
 @triton.jit
 def _interleaved(ptr, row, there, k, words, K: tl.constexpr, EVEN: tl.constexpr):
-    """The same of rows as they are, read as integers of four values and split in registers."""
+    """The same of rows as they are, read as integers of four values."""
     four = ptr.to(tl.pointer_type(tl.int64), bitcast=True)
     column = k + tl.arange(0, K)
     place = four + row.to(tl.int64)[:, None] * words + column[None, :]

@@ -1,5 +1,5 @@
-"""The K loop of packed weights over rows in the order of their nibbles (rows.py, or the first GEMM,
-puts them into it): one product a step, which the tensor cores compute while more is decoded.
+"""The K loop of packed weights, decoded in registers as the left operand, over rows in the order of
+their nibbles: one product a step, which the tensor cores compute while more is decoded.
 
 A block may be M rows and MORE: what is decoded for the first is multiplied by both. So an expert
 with a few rows above a power of two needs no second block, which would decode all anew.
@@ -14,7 +14,10 @@ import triton.language as tl
 
 from expertd.backends.triton.decode import decode_words, in_turn
 from expertd.backends.triton.dot import multiply, nothing
-from expertd.backends.triton.loop import _group_scales, _weights, present
+from expertd.backends.triton.loop import DEEP, TALL, _weights, scales_of_row
+
+STORED = tl.constexpr({8: tl.uint8, 16: tl.uint16})
+"""What holds a scale of so many bits."""
 
 
 @triton.jit
@@ -38,10 +41,10 @@ def accumulate_packed(
         if ROW_MAP:
             rows = rows_map.load([row_begin, k])
         else:
-            rows = present(rows_ptr, row, there, k, width, K, EVEN)
+            rows = _present(rows_ptr, row, there, k, width, K, EVEN)
         more_rows = rows
         if MORE > 0:
-            more_rows = present(rows_ptr, more, more_there, k, width, K, EVEN)
+            more_rows = _present(rows_ptr, more, more_there, k, width, K, EVEN)
         values = _decoded(
             weight_ptr, scale_ptr, top, n, begin, k, width,
             FORMAT, GROUP, SCALE, COMPUTE, K, EVEN, MAPPED,
@@ -69,5 +72,36 @@ def _decoded(
     """A step's weights [N, K] in the order of their nibbles."""
     width_in_words = width // GROUP * (GROUP // 4)
     words = _weights(weight_ptr, top, n, begin, k // 4, width_in_words, K // 4, EVEN, MAPPED)
-    scale = _group_scales(scale_ptr, n, k, width, GROUP, K, True)
+    scale = _group_scales(scale_ptr, n, k, width, GROUP, K)
     return in_turn(decode_words(words, scale, FORMAT, SCALE, COMPUTE))
+
+
+@triton.jit
+def _group_scales(ptr, n, k, width, GROUP: tl.constexpr, K: tl.constexpr):
+    """loop._group_scales, read as words of 4 bytes: Triton overlaps nothing smaller."""
+    EACH: tl.constexpr = DEEP // GROUP
+    tile = n.to(tl.int64) // TALL * (TALL * scales_of_row(width, GROUP)) + n % TALL * EACH
+    piece = k // DEEP * (TALL * EACH) + (k // K - k // DEEP * (DEEP // K)) * (K // GROUP)
+    SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+    EACH_WORD: tl.constexpr = 32 // SIZE
+    TAKEN: tl.constexpr = min(EACH_WORD, K // GROUP)
+    word = ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    column = piece // EACH_WORD + tl.arange(0, K // GROUP // TAKEN)
+    words = tl.load(word + (tile // EACH_WORD)[:, None] + column[None, :])
+    if TAKEN < EACH_WORD:
+        words = words >> piece % EACH_WORD * SIZE
+    if TAKEN == 4:
+        words = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
+    elif TAKEN == 2:
+        words = tl.join(words, words >> SIZE)
+    scales = tl.reshape(words, (n.shape[0], K // GROUP)).to(STORED[SIZE])
+    return scales.to(ptr.dtype.element_ty, bitcast=True)
+
+
+@triton.jit
+def _present(ptr, row, there, k, width, K: tl.constexpr, EVEN: tl.constexpr):
+    """[rows, K] from column k on, zeros beyond their width; absent ones are not read."""
+    column = k + tl.arange(0, K)
+    mask = there[:, None] if EVEN else there[:, None] & (column < width)[None, :]
+    place = ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+    return tl.load(place, mask=mask, other=0.0)

@@ -16,8 +16,6 @@ BESIDE = 3 * 1024
 """Barriers of tensor maps, and what warps exchange when they reduce."""
 COLUMNS = 512
 """Of tensor memory, where cards have it."""
-LOW = 16
-"""The most rows of a block of packed weights that are split in the loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +91,8 @@ def columns(tile: Tile, matrix: Matrix, halves: int) -> int:
     if high < 64:
         return 0  # too few rows for what has its sums there
     packed = matrix.format.packed
-    # Each multiplication of a step has sums of its own: low blocks may come as four matrices.
-    sums = (packed if tile.m <= LOW else 1) * halves * wide
+    # Each multiplication of a step has sums of its own: packed weights come as four matrices.
+    sums = packed * halves * wide
     if packed > 1 and not tile.swapped:
         return sums if high > 64 else sums // 2
     # What is converted before it is multiplied from the left lies beside them.

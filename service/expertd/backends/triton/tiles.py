@@ -23,7 +23,7 @@ class Tile:
     so many rows are computed as that high; 0: all are m high. grouped: m is two or three groups of
     64 rows, multiplied one after the other, and short one or two. registers: the most that a thread
     may have, so that more programs fit a multiprocessor; 0: as many as there are. more: so many
-    rows beyond m a block may have, of packed weights and split rows.
+    rows beyond m a block may have, where weights are packed and swapped, and rows split.
     """
 
     m: int
