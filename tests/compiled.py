@@ -137,14 +137,16 @@ def random_cut(row: Row, quant: QuantScheme, arch: str, chance: random.Random) -
     m = chance.choice((8, 16, 32, 64, 128) if packed else (16, 32, 64, 128))
     loose = m <= 16 and chance.random() < 0.3
     in_loop = loose or (m <= 16 and chance.random() < 0.5)
+    swapped = m < 128 and chance.random() < 0.4
     tile = Tile(
         m,
         n,
         k,
         warps=8 if m == 128 else 2 if in_loop and packed else 4,
         stages=chance.choice((2, 3, 4)),
-        swapped=m < 128 and chance.random() < 0.4,
+        swapped=swapped,
         mapped=arch not in ("sm80", "sm86", "sm89") and chance.random() < 0.5,
         short=chance.choice((0, m // 2)) if m > 16 else 0,
+        more=chance.choice((0, 16)) if packed and swapped and not in_loop else 0,
     )
     return Cut(not loose, in_loop, tile, tile)
