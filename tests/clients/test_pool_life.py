@@ -174,6 +174,15 @@ def test_closing_ends_calls_and_threads() -> None:
     assert not [t for t in threading.enumerate() if t.name == "expertd-pool"]
 
 
+async def test_a_pool_can_be_used_and_closed_where_a_loop_is_running() -> None:
+    """As in a notebook."""
+    fleet, (rows, logits) = whole(1), drawn(300_000 // HIDDEN)
+    with pool_over(fleet) as pool:
+        output = pool.forward(MODEL, LAYER, rows, router_logits=logits)
+        assert_right(output, rows, logits)
+    assert not [t for t in threading.enumerate() if t.name.startswith("asyncio_")]
+
+
 def test_closing_waits_for_no_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever tells them may hang: a name server, a URL, a file of another machine."""
     asked, let_go = threading.Event(), threading.Event()

@@ -50,7 +50,6 @@ class LoopThread:
         ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
     def _handed_over(
@@ -74,3 +73,4 @@ async def _end(last: Coroutine[Any, Any, None]) -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()
