@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from tests.waiting import until
 
 from expertd.cli import main
 from expertd.engine.resident import LayerState
-from expertd_client import Client, ExpertPool
+from expertd_client import AsyncClient, Client, ExpertPool, Unavailable
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -106,16 +107,27 @@ def test_a_drain_that_takes_too_long_is_told() -> None:
         call.join(MINUTE)
 
 
-def test_a_stop_does_not_wait_for_those_who_watch_its_health() -> None:
-    """Every pool does, all the time; only accepted calls are worth a wait."""
+async def test_a_stop_waits_for_nobody_who_has_no_call_under_way() -> None:
+    """Every pool watches health all the time; a stream stays open between its calls."""
+    rows = np.ones((2, 8), np.float32)
     with in_process(*FLAGS, "--drain-seconds", str(10 * MINUTE), stop_after=False) as (app, at):
         assert app.wait_ready()
         with ExpertPool([at.grpc]) as one, ExpertPool([at.grpc]) as another:
             assert one.layers() and another.layers()
-            stop = threading.Thread(target=app.stop, daemon=True)
-            stop.start()
-            stop.join(MINUTE)
-            assert not stop.is_alive()
+            async with AsyncClient(at.grpc) as client, client.stream() as stream:
+                assert (await stream.forward("echo", 0, rows)).shape == rows.shape
+                stop = threading.Thread(target=app.stop, daemon=True)
+                stop.start()
+                await asyncio.to_thread(stop.join, MINUTE)
+                assert not stop.is_alive()
+                with pytest.raises(Unavailable, match="stream"):
+                    await stream.forward("echo", 0, rows)
+
+
+def test_a_drain_of_nothing_is_complete_in_no_time() -> None:
+    with in_process("--identity", "echo=8", "--drain-seconds", "0", stop_after=False) as (app, _):
+        assert app.wait_ready()
+        assert app.stop()
 
 
 def test_an_ipv6_address_is_told_as_clients_take_it() -> None:

@@ -93,8 +93,10 @@ class ExpertsService:
         def submit(request: bytes) -> Entry:
             return self._enter(request, len(request), deadline, client)
 
-        cancel = self._desk.engine.cancel
-        stream = Stream(submit, cancel, self._render, self._max_stream_calls)
+        engine = self._desk.engine
+        stream = Stream(
+            submit, engine.cancel, self._render, self._max_stream_calls, lambda: engine.draining
+        )
         return stream.run(requests, context)
 
     def _enter(self, request: bytes, held: int, deadline: float | None, client: str) -> Entry:

@@ -13,7 +13,8 @@ from expertd.engine.ticket import Ticket
 from expertd.errors import ExpertdError
 from expertd.transport.calls import Record
 
-SLOT_POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5
+"""How often a stream on which nothing happens looks whether its caller, or the server, has left."""
 
 
 class Entry(NamedTuple):
@@ -33,18 +34,25 @@ class Stream:
     """One caller's stream: a thread reads and submits, the handler's own thread writes replies."""
 
     def __init__(
-        self, submit: Submit, cancel: Callable[[Ticket], None], render: Render, max_inflight: int
+        self,
+        submit: Submit,
+        cancel: Callable[[Ticket], None],
+        render: Render,
+        max_inflight: int,
+        draining: Callable[[], bool],
     ) -> None:
         self._submit = submit
         self._cancel = cancel
         self._render = render
         self._answers: queue.SimpleQueue[Entry | int] = queue.SimpleQueue()
         self._slots = threading.Semaphore(max_inflight)
+        self._draining = draining
+        self._taken = 0
         self._open: set[Ticket] = set()
         self._gone = threading.Event()
 
     def run(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Replies until the caller has sent everything and got every answer."""
+        """Replies until the caller has got every answer, and has sent everything or we drain."""
         context.add_callback(self._leave)
         args = (requests,)
         threading.Thread(target=self._read, args=args, name="stream", daemon=True).start()
@@ -65,7 +73,12 @@ class Stream:
         """Every message's entry once it has its answer, in the order of the answers."""
         sent, expected = 0, None
         while expected is None or sent < expected:
-            answer = self._answers.get()
+            try:
+                answer = self._answers.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if sent == self._taken and self._draining():
+                    return
+                continue
             if isinstance(answer, int):
                 expected = answer
             else:
@@ -75,21 +88,20 @@ class Stream:
 
     def _read(self, requests: Iterator[bytes]) -> None:
         """Submits what arrives; at the end tells the writer how many answers there will be."""
-        count = 0
         try:
             for request in requests:
                 if not self._take_slot():
                     return
-                count += 1
+                self._taken += 1
                 self._start(request)
                 del request
         except grpc.RpcError:
             self._leave()  # the caller broke off: grpc raises this in the iterator
         finally:
-            self._answers.put(count)
+            self._answers.put(self._taken)
 
     def _take_slot(self) -> bool:
-        while not self._slots.acquire(timeout=SLOT_POLL_SECONDS):
+        while not self._slots.acquire(timeout=POLL_SECONDS):
             if self._gone.is_set():
                 return False
         return True
