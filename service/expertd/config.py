@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from expertd.errors import InvalidArgument
-from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES
+from expertd_wire.methods import DEFAULT_MAX_MESSAGE_BYTES, MESSAGE_SLACK_BYTES
 
 Ranges = tuple[tuple[int, int], ...]
 
 MOST_NUMBER = (1 << 16) - 1
 """No model has so many layers, or experts in one; each number that is named takes memory."""
 _DIGITS = 10
+
+MOST_MESSAGE_BYTES = (1 << 31) - 1 - MESSAGE_SLACK_BYTES
+"""gRPC counts in 32 bits, and is told a little more than this."""
 
 
 class Named(NamedTuple):
@@ -148,7 +151,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("drain_seconds", number(0, 3600, float), 30.0, "how long a drain may take", "SECONDS"),
     Setting(
         "max_message_bytes",
-        number(1 << 10, 1 << 31),
+        number(1 << 10, MOST_MESSAGE_BYTES),
         DEFAULT_MAX_MESSAGE_BYTES,
         "largest request",
         "BYTES",

@@ -23,7 +23,8 @@ from tests.service.engine.parts import Gate
 from tests.strategies import wire_call
 from tests.waiting import until
 
-from expertd.config import SETTINGS, Settings, add_flags, resolve
+from expertd.config import MOST_MESSAGE_BYTES, SETTINGS, Settings, add_flags, resolve
+from expertd.errors import InvalidArgument
 from expertd.transport import linger
 from expertd_wire.codec import encode_forward_call
 from expertd_wire.methods import FORWARD, MESSAGE_SLACK_BYTES
@@ -60,6 +61,15 @@ def test_the_defaults() -> None:
     limits = [s.name for s in SETTINGS if s.name.startswith("max_")]
     assert set(limits) <= set(DEFAULTS), "a new limit needs its line here"
     assert defaults.max_concurrent_calls * defaults.max_message_bytes <= defaults.ingress_bytes
+
+
+def test_grpc_takes_the_largest_limit_of_a_message() -> None:
+    with pytest.raises(InvalidArgument, match="1024 to 2146435071"):
+        parsed("--max-message-bytes", str(MOST_MESSAGE_BYTES + 1))
+    largest = ("--max-message-bytes", str(MOST_MESSAGE_BYTES), "--max-concurrent-calls", "2")
+    with in_process("--identity", "echo=8", *largest) as (app, addresses):
+        assert app.wait_ready()
+        assert Local(app, addresses).ask("grpc").code == "OK"
 
 
 @pytest.fixture

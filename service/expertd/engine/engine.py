@@ -23,6 +23,9 @@ from expertd.engine.ticket import Ticket
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireTensor
 
+MOMENT_SECONDS = 0.5
+"""What an executor gets at least to end in; one that has nothing to do must see so first."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -111,7 +114,7 @@ class Engine:
         """Refuses new calls and waits for the accepted ones; True if all were answered in time."""
         self._draining = True
         self._batcher.close("draining")
-        return self._executor.join(seconds)
+        return self._executor.join(max(seconds, MOMENT_SECONDS))
 
 
 def _empty_reply(ticket: Ticket, row: Row) -> ForwardReply:
