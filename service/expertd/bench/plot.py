@@ -80,9 +80,17 @@ def _lines(summaries: Sequence[Summary], x: Axis, y: Axis) -> Iterator[str]:
             line = " ".join(f"{left:.1f},{top:.1f}" for left, top in spots)
             yield f'<polyline points="{line}" fill="none" stroke="{colour}"{dash}/>'
             yield from (
-                f'<circle cx="{left:.1f}" cy="{top:.1f}" r="3" fill="{colour}"/>'
-                for left, top in spots
+                f'<circle cx="{left:.1f}" cy="{top:.1f}" r="3" fill="{colour}">'
+                f"<title>{_told(cell, name)}</title></circle>"
+                for (left, top), cell in zip(spots, cells, strict=True)
             )
         top = MARGIN + 18 * row
         label = f"{tokens} token{'s' if tokens > 1 else ''}"
         yield f'<text x="{WIDTH - LEGEND + 16}" y="{top}" fill="{colour}">{label} a call</text>'
+
+
+def _told(cell: Summary, name: str) -> str:
+    """What a browser shows of a dot that is pointed at."""
+    rate = f", {cell.rate:g} due a second" if cell.rate else ""
+    callers = f"{cell.concurrency} caller{'s' if cell.concurrency > 1 else ''}{rate}"
+    return f"{callers}: {cell.calls_per_s:.4g} calls/s, {name} {cell.latency_ms[name]:.3g} ms"

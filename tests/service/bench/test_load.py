@@ -103,6 +103,8 @@ def test_the_plot_shows_every_answered_cell_and_nothing_outside() -> None:
     assert len(circles) == 2 * len(cells)
     assert all(64 <= float(circle.attrib["cx"]) <= 610 for circle in circles)
     assert all(64 <= float(circle.attrib["cy"]) <= 376 for circle in circles)
+    told = [circle.findtext("{*}title") or "" for circle in circles]
+    assert sum(" callers: " in text or " caller: " in text for text in told) == len(circles)
     shown = {label.text for label in root.findall("{*}text")}
     assert {"a <title> & more", "1 token a call", "16 tokens a call"} <= shown
     assert "4096 tokens a call" not in shown
