@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
 from tests.e2e.servers import Server, expertd, serving
 from tests.waiting import until
+
+from expertd.bench.load import Cell
+from expertd.bench.summary import Summary, summarize
+from expertd.bench.workers import Outcome, Sample
+from expertd.cli import bench, main
+from expertd_client import ExpertdError
 
 DEMO = ("--model", "demo", "--layer", "0", "--duration", "0.3")
 
@@ -71,6 +79,23 @@ def test_a_server_that_dies_meanwhile_is_told_of(home: Path) -> None:
     assert first["calls"] > 0 and first["refused"].keys() == {"UNAVAILABLE"}
     assert not second["calls"] and second["refused"].keys() == {"UNAVAILABLE"}
     assert ended.returncode == 1 and ended.stderr.count("UNAVAILABLE") == 2
+
+
+@pytest.mark.parametrize(("end", "code"), [(KeyboardInterrupt(), 130), (ExpertdError("x"), 1)])
+def test_an_end_in_the_middle_keeps_the_figures(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    end: BaseException,
+    code: int,
+) -> None:
+    def measured(*_: Any) -> Iterator[Summary]:
+        yield summarize(Cell(1, 1), 1, [Outcome(1.0, [Sample(1)])])
+        raise end
+
+    monkeypatch.setattr(bench, "_measure", measured)
+    assert main(["bench", server.grpc, *DEMO, "--json"]) == code
+    assert len(json.loads(capsys.readouterr().out)["cells"]) == 1
 
 
 def kill_at_work(server: Server) -> None:

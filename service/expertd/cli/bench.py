@@ -80,7 +80,20 @@ def run(args: argparse.Namespace) -> int:
     target = arguments.target(args)
     layer = find_layer(target, args.model, args.layer, args.backend, carrier=args.carrier)
     try_call(layer, args.routing)
-    summaries = list(_measure(args, layer))
+    summaries: list[Summary] = []
+    try:
+        for summary in _measure(args, layer):
+            summaries.append(summary)
+    finally:  # Ctrl-C, or a caller who was killed, takes nothing away of what is known
+        if summaries:
+            _tell(args, summaries)
+    problems = [_problem(summary) for summary in summaries if summary.failed or not summary.calls]
+    for problem in problems:
+        print(f"expertd: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _tell(args: argparse.Namespace, summaries: Sequence[Summary]) -> None:
     title = f"{args.model}/{args.layer} over {args.carrier}"
     if args.json:
         print(json.dumps({"layer": title, "cells": [cell.as_json() for cell in summaries]}))
@@ -88,10 +101,6 @@ def run(args: argparse.Namespace) -> int:
         console().print(folded(_table(title, summaries)))
     if args.plot:  # last: where it cannot be written, the figures are there
         args.plot.write_text(plot(title, summaries), encoding="utf-8")
-    problems = [_problem(summary) for summary in summaries if summary.failed or not summary.calls]
-    for problem in problems:
-        print(f"expertd: {problem}", file=sys.stderr)
-    return 1 if problems else 0
 
 
 def _problem(summary: Summary) -> str:
