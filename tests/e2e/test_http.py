@@ -201,3 +201,22 @@ def test_docs_need_nobody_else(web: httpx.Client) -> None:
     assert not re.search(r"https?://", page.text)
     paths = web.get("/openapi.json").json()["paths"]
     assert {"/v1/forward", "/v1/layers", "/v1/capabilities", "/healthz", "/readyz"} <= set(paths)
+
+
+def test_what_is_described_is_what_is_answered(web: httpx.Client) -> None:
+    told = web.get("/openapi.json").json()["paths"]
+    forward = told["/v1/forward"]["post"]
+    assert list(forward["requestBody"]["content"]) == ["application/octet-stream"]
+    assert post(web, body()).headers["content-type"] in forward["responses"]["200"]["content"]
+    assert list(told["/v1/explain"]["post"]["requestBody"]["content"]) == ["application/json"]
+    assert list(told["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
+    refused = web.get("/v1/layers/demo/none")
+    for path in told.values():
+        for operation in path.values():
+            assert set(operation["responses"]) - {"503"} == {"200", "default"}, "no 422"
+            error = operation["responses"]["default"]["content"]["application/json"]["schema"]
+            fields = error["properties"]["error"]["properties"]
+            assert list(fields) == list(refused.json()["error"])
+            assert set(fields["reasons"]["items"]["properties"]) == {
+                *("backend", "mode", "entry", "code", "text")
+            }

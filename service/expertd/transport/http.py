@@ -9,20 +9,18 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from swagger_ui_bundle import swagger_ui_path
 
 from expertd import __version__
 from expertd.capability.explain import explain_request
 from expertd.errors import DeadlineExceeded, ExpertdError, InvalidArgument, NotFound, TooLarge
 from expertd.transport import messages
 from expertd.transport.calls import Desk
+from expertd.transport.http_docs import QUESTION, add_docs, reads
 from expertd.transport.http_forward import add_forward, read_body
 from expertd.transport.ingress import Ingress
 from expertd.transport.interceptors import http_error, on_any_error, on_expertd_error
@@ -45,7 +43,7 @@ def build_http(desk: Desk, ingress: Ingress, capabilities: Question) -> FastAPI:
     add_forward(app, desk, ingress)
     _add_questions(app, desk, capabilities)
     _add_health(app, desk)
-    _add_docs(app)
+    add_docs(app)
     return app
 
 
@@ -65,7 +63,7 @@ def _add_questions(app: FastAPI, desk: Desk, capabilities: Question) -> None:
     def get_capabilities() -> dict[str, Any]:
         return to_json(capabilities())
 
-    @app.post("/v1/explain")
+    @app.post("/v1/explain", openapi_extra=reads(QUESTION))
     async def post_explain(request: Request) -> dict[str, Any]:
         """Which plans a layer would have, and why every other row has none; see expertd explain."""
         return await run_in_threadpool(explain_request, await _json_body(request))
@@ -73,37 +71,24 @@ def _add_questions(app: FastAPI, desk: Desk, capabilities: Question) -> None:
 
 def _add_health(app: FastAPI, desk: Desk) -> None:
     @app.head("/healthz", include_in_schema=False)
-    @app.get("/healthz")
+    @app.get("/healthz", responses={503: {"description": "It cannot"}})
     async def healthz() -> JSONResponse:
         """Whether this process can still work; 503 asks its supervisor to restart it."""
         healthy = desk.engine.healthy
         return JSONResponse({"healthy": healthy}, status_code=200 if healthy else 503)
 
     @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz")
+    @app.get("/readyz", responses={503: {"description": "Not ready"}})
     async def readyz() -> JSONResponse:
+        """Whether calls are answered, and what is missing until they are."""
         missing = desk.engine.missing()
         body = {"ready": not missing, "missing": missing}
         return JSONResponse(body, status_code=503 if missing else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         return Response(
             desk.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
-        )
-
-
-def _add_docs(app: FastAPI) -> None:
-    app.mount("/docs/assets", StaticFiles(directory=swagger_ui_path))
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return get_swagger_ui_html(
-            openapi_url="/openapi.json",
-            title="expertd",
-            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
-            swagger_css_url="/docs/assets/swagger-ui.css",
-            swagger_favicon_url="/docs/assets/favicon-32x32.png",
         )
 
 

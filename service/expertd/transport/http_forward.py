@@ -22,6 +22,7 @@ from expertd.errors import (
 )
 from expertd.transport.callers import http_caller
 from expertd.transport.calls import Desk, note_plan
+from expertd.transport.http_docs import SAFETENSORS, reads
 from expertd.transport.ingress import Ingress
 from expertd.transport.interceptors import request_id_of
 from expertd_wire.messages import ForwardCall, ForwardReply
@@ -72,7 +73,12 @@ async def read_body(request: Request, check: Callable[[int], None]) -> bytes:
 def add_forward(app: FastAPI, desk: Desk, ingress: Ingress) -> None:
     """Adds the route to the application."""
 
-    @app.post("/v1/forward")
+    @app.post(
+        "/v1/forward",
+        openapi_extra=reads(SAFETENSORS),
+        response_class=Response,
+        responses={200: SAFETENSORS},
+    )
     async def forward(
         request: Request,
         model: str,
