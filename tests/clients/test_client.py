@@ -231,6 +231,16 @@ async def test_a_function_can_be_the_async_server() -> None:
             await client.forward("demo", 0, ROWS)
 
 
+def test_a_closed_client_says_that_it_was(connect: Any, server: Server) -> None:
+    client = connect(server.target)
+    assert client.forward("demo", 0, ROWS).shape == ROWS.shape
+    client.close()
+    for ask in (lambda: client.forward("demo", 0, ROWS), client.layers):
+        with pytest.raises(Unavailable, match="this client was closed"):
+            ask()
+    assert client.health() is False
+
+
 def test_an_async_client_can_be_made_outside_the_loop_and_closed_unused(connect: Any) -> None:
     with connect("127.0.0.1:1") as unused:
         assert callable(unused.forward)

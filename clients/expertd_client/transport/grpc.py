@@ -27,6 +27,8 @@ from expertd_wire.tensors import WireError
 MESSAGE_BYTES = 8 << 20
 """Python's gRPC copies a message several times; larger ones always into memory that is new."""
 
+CLOSED = "this client was closed; make another one"
+
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _TARGET = re.compile(r"\S+")
 _OVER_LIMIT = re.compile(r"message larger than max", re.IGNORECASE)
@@ -112,6 +114,7 @@ class GrpcTransport(Transport):
         self._metadata = settings.metadata()
         self._channel = settings.channel(grpc)
         self._forward = self._channel.unary_unary(FORWARD)
+        self._closed = False
 
     def forward(self, request: bytes, timeout: float | None) -> bytes:
         return self._call(self._forward, request, timeout)
@@ -120,6 +123,7 @@ class GrpcTransport(Transport):
         return self._call(self._channel.unary_unary(path), request, timeout)
 
     def close(self) -> None:
+        self._closed = True
         self._channel.close()
 
     def _call(self, method: Any, request: bytes, timeout: float | None) -> bytes:
@@ -127,6 +131,10 @@ class GrpcTransport(Transport):
             reply: bytes = method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._settings.translated(error) from error
+        except ValueError as error:  # gRPC's word for a call on a closed channel
+            if not self._closed:
+                raise
+            raise Unavailable(CLOSED) from error
         return reply
 
 
@@ -177,6 +185,8 @@ class AsyncGrpcTransport(AsyncTransport):
             reply: bytes = await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._settings.translated(error) from error
+        except grpc.aio.UsageError as error:
+            raise Unavailable(CLOSED) from error
         return reply
 
 
