@@ -108,7 +108,9 @@ def _parse(path: Path, number: int, line: str) -> tuple[bytes, frozenset[Scope]]
     if not token.isascii():
         raise InvalidArgument(f"{where}: a token is of ASCII characters")
     if len(token) < SAFE_TOKEN_LENGTH:
-        log.warning("%s: a token of fewer than %d characters is guessed", where, SAFE_TOKEN_LENGTH)
+        log.warning(
+            "%s: a token of fewer than %d characters can be guessed", where, SAFE_TOKEN_LENGTH
+        )
     return _digest(token), frozenset(Scope(name) for name in names.split(","))
 
 
