@@ -132,3 +132,18 @@ def test_a_wrong_flag(
 def test_nobody_there(home: Path) -> None:
     ended = expertd(home, "bench", "127.0.0.1:1", "--model", "demo", "--layer", "0")
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
+
+
+def test_a_replica_that_holds_a_range_can_be_called_and_loaded(home: Path) -> None:
+    flags = ("--tokens", "16", "--json")
+    with serving(home, "--demo", "--experts", "4-15") as replica:
+        for routing in ("logits", "topk"):
+            ended = expertd(home, "call", replica.grpc, *DEMO[:4], *flags, "--routing", routing)
+            assert ended.returncode == 0, ended.stderr
+            told = json.loads(ended.stdout)
+            assert told["output"]["dtype"] == "float32" and told["norm"] > 0
+        for carrier, target in (("grpc", replica.grpc), ("http", replica.http)):
+            short = (*flags, "--concurrency", "1", "--duration", "0.2", "--carrier", carrier)
+            ended = expertd(home, "bench", target, *DEMO, *short)
+            assert ended.returncode == 0, ended.stderr
+            assert json.loads(ended.stdout)["cells"][0]["calls"] > 0

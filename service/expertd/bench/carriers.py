@@ -29,11 +29,14 @@ IDLE_SECONDS = 2.0
 
 
 class Sizes(NamedTuple):
-    """Of a layer: the width of its rows, its experts, and how many of them a row goes to."""
+    """Of a layer: the width of its rows, its experts, how many of them a row goes to, which of
+    them that server holds."""
 
     hidden: int
     num_experts: int
     top_k: int
+    expert_begin: int
+    expert_end: int
 
 
 class Times(NamedTuple):
@@ -64,7 +67,7 @@ class Grpc(Carrier):
 
     def sizes(self, model: str, layer: int, timeout: float) -> Sizes:
         info = self._client.layer(model, layer, timeout=timeout)
-        return Sizes(info.hidden, info.num_experts, info.top_k)
+        return Sizes(*(getattr(info, name) for name in Sizes._fields))
 
     def ask(self, model: str, layer: int, rows: NDArray[Any], options: CallOptions) -> Times:
         reply = self._client.call(model, layer, rows, timeout=CALL_SECONDS, **options)
@@ -93,6 +96,8 @@ class Http(Carrier):
         tensors = {k: from_numpy(v) for k, v in options.items() if isinstance(v, np.ndarray)}
         body = encode_body({"hidden_states": from_numpy(rows), **tensors}, {})
         query = {"model": model, "layer": layer, "backend": options.get("backend") or ""}
+        if options.get("partial"):
+            query["partial"] = "true"
         data = self._exchange("POST", f"/v1/forward?{urlencode(query)}", CALL_SECONDS, body)
         try:
             _, told = decode_body(data)

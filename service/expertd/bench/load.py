@@ -35,8 +35,15 @@ class Layer:
     hidden: int
     num_experts: int
     top_k: int
+    expert_begin: int
+    expert_end: int
     backend: str | None = None
     carrier: str = "grpc"
+
+    @property
+    def partial(self) -> bool:
+        """Whether its server holds a range of its experts: their sums are all there is."""
+        return self.expert_end - self.expert_begin < self.num_experts
 
     def open(self) -> Carrier:
         """Connections to its server."""
@@ -75,7 +82,8 @@ def make_call(layer: Layer, tokens: int, seed: int, routing: str = "topk") -> Ca
     """A call whose routing is "logits" or "topk"; a layer without experts gets none."""
     random = np.random.default_rng(seed)
     rows = random.standard_normal((tokens, layer.hidden)).astype(ml_dtypes.bfloat16)
-    return Call(rows, {**_routing(random, tokens, layer, routing), "backend": layer.backend})
+    options: CallOptions = {"backend": layer.backend, "partial": layer.partial}
+    return Call(rows, {**_routing(random, tokens, layer, routing), **options})
 
 
 def _routing(random: np.random.Generator, tokens: int, layer: Layer, routing: str) -> CallOptions:

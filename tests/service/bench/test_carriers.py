@@ -18,7 +18,7 @@ from expertd_wire.safetensors import decode_body, encode_body
 
 TIMES = {"queued_ns": "1", "staged_ns": "2", "computed_ns": "3"}
 BUSY = b'{"error": {"code": "RESOURCE_EXHAUSTED", "reason": "OVERLOADED", "message": "later"}}'
-LAYER = b'{"hidden": 8, "num_experts": 4, "top_k": 2}'
+LAYER = b'{"hidden": 8, "num_experts": 4, "top_k": 2, "expert_end": 4}'
 
 
 class Handler(BaseHTTPRequestHandler):

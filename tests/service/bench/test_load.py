@@ -19,7 +19,7 @@ from expertd.bench.target import Target
 from expertd.bench.workers import Outcome, Sample, Share, Workers, split
 from expertd_client import ExpertdError
 
-LAYER = Layer(Target("nowhere:1"), "demo", 0, 64, 8, 2)
+LAYER = Layer(Target("nowhere:1"), "demo", 0, 64, 8, 2, 0, 8)
 MS = 1_000_000
 
 
@@ -61,7 +61,8 @@ def test_the_bytes_of_a_call_are_those_that_travel() -> None:
     assert call.options["topk_ids"].shape == (3, 2)
     assert call.nbytes == 2 * 3 * 64 * 2 + 3 * 2 * 4 + 3 * 2 * 4
     assert make_call(LAYER, 3, 0, "logits").nbytes == 2 * 3 * 64 * 2 + 3 * 8 * 4
-    assert make_call(Layer(Target("nowhere:1"), "echo", 0, 64, 0, 0), 3, 0).nbytes == 2 * 3 * 64 * 2
+    bare = Layer(Target("nowhere:1"), "echo", 0, 64, 0, 0, 0, 0)
+    assert make_call(bare, 3, 0).nbytes == 2 * 3 * 64 * 2
 
 
 def sample(latency: float, launch: int = 0, reason: str = "") -> Sample:
