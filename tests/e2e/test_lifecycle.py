@@ -24,6 +24,7 @@ from tests.service.engine.parts import Gate
 from tests.waiting import until
 
 from expertd.cli import main
+from expertd.cli.serve import announce
 from expertd.engine.resident import LayerState
 from expertd_client import AsyncClient, Client, ExpertPool, Unavailable
 
@@ -122,6 +123,18 @@ async def test_a_stop_waits_for_nobody_who_has_no_call_under_way() -> None:
                 assert not stop.is_alive()
                 with pytest.raises(Unavailable, match="stream"):
                     await stream.forward("echo", 0, rows)
+
+
+@pytest.mark.parametrize("experts", [(), ("--experts", "4-11")], ids=["all", "a range"])
+def test_what_a_server_prints_to_be_pasted_works(
+    deep: Path, experts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with in_process("--model", f"deep={deep}", "--tune", "off", *experts) as (app, addresses):
+        assert app.wait_ready()
+        announce(app.settings, addresses)
+        program = capsys.readouterr().out.partition("Try it:")[2]
+        exec(program, {})
+        assert capsys.readouterr().out.startswith("[[")
 
 
 def test_a_drain_of_nothing_is_complete_in_no_time() -> None:

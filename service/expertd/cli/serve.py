@@ -66,7 +66,7 @@ with Client("{grpc}") as client:
     layer = client.layers()[0]
     rows = np.random.randn(4, layer.hidden).astype(np.float32)
     logits = np.random.randn(4, layer.num_experts).astype(np.float32)
-    print(client.forward(layer.model, layer.layer, rows, router_logits=logits))
+    print(client.forward(layer.model, layer.layer, rows, router_logits=logits{partial}))
 """
 
 
@@ -109,7 +109,7 @@ def serve(settings: Settings) -> int:
     _manage_memory(app.device.kind)
     _settle()
     if ready:
-        _announce(settings, addresses)
+        announce(settings, addresses)
     elif not stop.is_set():
         print("expertd: not every layer is ready; /readyz says why", file=sys.stderr)
     stop.wait()
@@ -146,13 +146,15 @@ def _ended(code: int) -> int:
     return code
 
 
-def _announce(settings: Settings, addresses: Addresses) -> None:
+def announce(settings: Settings, addresses: Addresses) -> None:
+    """Prints where the server can be reached: for programs, or with what a person can paste."""
     if settings.announce == "json":
         print(json.dumps(addresses._asdict()), flush=True)
         return
     print(f"expertd is ready: HTTP http://{addresses.http} · gRPC {addresses.grpc}")
     print("Try it:\n")
-    print(SNIPPET.format(grpc=addresses.grpc), flush=True)
+    partial = ", partial=True" if settings.experts else ""  # logits may choose any expert
+    print(SNIPPET.format(grpc=addresses.grpc, partial=partial), flush=True)
 
 
 def _settle() -> None:
