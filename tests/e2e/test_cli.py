@@ -20,7 +20,7 @@ from expertd.cli import main
 @pytest.mark.parametrize("routing", ["logits", "topk"])
 def test_call_prints_the_reply_as_json(home: Path, server: Server, routing: str) -> None:
     flags = ("--model", "demo", "--layer", "1", "--tokens", "5", "--routing", routing, "--json")
-    flags += ("--request-id", "mine")
+    flags += ("--request-id", "mine", "--backend", "auto")
     ended = expertd(home, "call", server.grpc, *flags)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)

@@ -89,6 +89,11 @@ def target(args: argparse.Namespace) -> Target:
     return Target(args.target, token, args.tls_ca, args.tls_cert, args.tls_key)
 
 
+def backend(text: str) -> str | None:
+    """A backend to pin; auto is none, as for serve and explain."""
+    return None if text == "auto" else text
+
+
 rows = accepted(number(0, 1 << 24))
 layer = accepted(number(0, (1 << 31) - 1))
 seed = accepted(number(0, (1 << 32) - 1))

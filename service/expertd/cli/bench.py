@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "again as soon as it is answered (closed loop)",
     )
     parser.add_argument("--routing", choices=("logits", "topk"), default="topk")
-    parser.add_argument("--backend", default=None, help="pin a backend")
+    parser.add_argument(
+        "--backend", type=arguments.backend, metavar="auto|NAME", help="pin a backend"
+    )
     parser.add_argument(
         "--carrier",
         choices=tuple(CARRIERS),

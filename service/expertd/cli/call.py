@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=arguments.layer, required=True)
     parser.add_argument("--tokens", type=arguments.rows, default=16, help="rows (default 16)")
     parser.add_argument("--routing", choices=("logits", "topk"), default="logits")
-    parser.add_argument("--backend", default=None, help="pin a backend")
+    parser.add_argument(
+        "--backend", type=arguments.backend, metavar="auto|NAME", help="pin a backend"
+    )
     parser.add_argument("--seed", type=arguments.seed, default=0)
     parser.add_argument(
         "--timeout", type=arguments.seconds, default=30.0, help="seconds (default 30)"
