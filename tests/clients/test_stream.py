@@ -182,3 +182,11 @@ async def test_a_server_that_is_not_there() -> None:
     async with AsyncClient("127.0.0.1:1") as client, client.stream() as stream:
         with pytest.raises(Unavailable):
             await stream.call("m", 0, ROWS, timeout=10)
+
+
+async def test_a_closed_client_opens_no_stream() -> None:
+    client = AsyncClient("127.0.0.1:1")
+    assert await client.health(timeout=1) is False
+    await client.close()
+    with pytest.raises(Unavailable, match="this client was closed"):
+        client.stream()

@@ -173,8 +173,11 @@ class AsyncGrpcTransport(AsyncTransport):
         return await self._call(path, request, timeout)
 
     def stream(self) -> ByteStream:
-        call = self._channel.stream_stream(FORWARD_STREAM)(metadata=self._metadata)
-        return GrpcByteStream(call, self._settings)
+        opened = self._channel.stream_stream(FORWARD_STREAM)
+        try:
+            return GrpcByteStream(opened(metadata=self._metadata), self._settings)
+        except grpc.aio.UsageError as error:
+            raise Unavailable(CLOSED) from error
 
     async def close(self) -> None:
         await self._dialled.close()
