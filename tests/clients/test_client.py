@@ -8,7 +8,7 @@ import inspect
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -232,13 +232,13 @@ async def test_a_function_can_be_the_async_server() -> None:
 
 
 def test_a_closed_client_says_that_it_was(connect: Any, server: Server) -> None:
-    client = connect(server.target)
-    assert client.forward("demo", 0, ROWS).shape == ROWS.shape
-    client.close()
-    for ask in (lambda: client.forward("demo", 0, ROWS), client.layers):
-        with pytest.raises(Unavailable, match="this client was closed"):
-            ask()
-    assert client.health() is False
+    with connect(server.target) as client:  # which closes it once more
+        assert client.forward("demo", 0, ROWS).shape == ROWS.shape
+        client.close()
+        for ask in (lambda: client.forward("demo", 0, ROWS), client.layers):
+            with pytest.raises(Unavailable, match="this client was closed"):
+                ask()
+        assert client.health() is False
 
 
 def test_an_async_client_can_be_made_outside_the_loop_and_closed_unused(connect: Any) -> None:
@@ -252,11 +252,16 @@ def test_an_async_client_says_that_it_belongs_to_another_loop(server: Server) ->
     async def answered() -> Any:
         return await client.forward("m", 0, ROWS, timeout=20)
 
-    assert asyncio.run(answered()).shape == ROWS.shape
+    def run(work: Coroutine[Any, Any, Any]) -> Any:
+        """asyncio.run() would also take away the loop that pytest keeps."""
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            return runner.run(work)
+
+    assert run(answered()).shape == ROWS.shape
     for question in (answered, client.health, client.layers):
         with pytest.raises(InvalidArgument, match="make a client for each loop"):
-            asyncio.run(question())
-    asyncio.run(client.close())
+            run(question())
+    run(client.close())
 
 
 def test_both_clients_have_the_same_surface() -> None:
