@@ -65,9 +65,10 @@ def test_every_bit_of_an_answer_stays(
     random = generator(seed + 1)
     ids, router = random_topk(tokens, spec.num_experts, 3, random)
     given = torch.randn(tokens, spec.hidden, generator=random).to(rows), ids, router
+    wanted = ((ids >= held[0]) & (ids < held[1])).any()
     for name in ("reference", "grouped"):
         expected = run(backend(name, spec, plain), *given)
-        assert expected.norm() > 0
+        assert (expected.norm() > 0) == wanted
         assert torch.equal(run(backend(name, spec, made), *given), expected), name
 
 
