@@ -32,7 +32,14 @@ REQUESTS = tuple(float(1 << power) for power in range(9))
 T = TypeVar("T")
 
 NO_PLAN = ("none", "none")
-REJECTED = ("queue_full", "deadline", "draining", "too_large", "cancelled")
+DRAINING = "draining"
+REJECTIONS = {
+    "TOO_LARGE": "too_large",
+    "OVERLOADED": "queue_full",
+    "DEADLINE_EXCEEDED": "deadline",
+    "CANCELLED": "cancelled",
+}
+"""Reasons of errors that count as rejections, with their names here."""
 MOST_NOTES = 256
 """How many calls may wait for a scrape; together they take a fraction of a millisecond."""
 
@@ -98,7 +105,7 @@ class Metrics:
         Info("expertd_build", "Versions of this process.", registry=self.registry).info(info)
         self.registry.register(Layers(residents))
         self._child = cache(lambda family, *labels: family.labels(*labels))
-        for reason in REJECTED:
+        for reason in (*REJECTIONS.values(), DRAINING):
             self._child(self._rejected, reason)
 
     def _distribution(

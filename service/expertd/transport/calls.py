@@ -11,7 +11,7 @@ from typing import TypeVar
 from expertd.engine.engine import Engine
 from expertd.engine.ticket import Ticket
 from expertd.errors import ExpertdError, InvalidArgument, Unavailable
-from expertd.metrics.registry import NO_PLAN, CallReport, Metrics
+from expertd.metrics.registry import DRAINING, NO_PLAN, REJECTIONS, CallReport, Metrics
 from expertd_wire.errors import REASONS
 from expertd_wire.messages import ForwardCall, ForwardReply
 from expertd_wire.tensors import WireError
@@ -23,14 +23,6 @@ T = TypeVar("T")
 
 MAX_LOGGED = 200
 """Characters of a caller's own text that one log line may hold."""
-
-REJECTIONS = {
-    "TOO_LARGE": "too_large",
-    "OVERLOADED": "queue_full",
-    "DEADLINE_EXCEEDED": "deadline",
-    "CANCELLED": "cancelled",
-}
-"""Reasons of errors that count as rejections, with their names in the metrics."""
 
 
 @dataclass(slots=True)
@@ -75,7 +67,7 @@ class Desk:
         }
         log.info("a call failed: %s", error.reason, extra=known)
         draining = isinstance(error, Unavailable) and self.engine.draining
-        if reason := REJECTIONS.get(error.reason, "draining" if draining else ""):
+        if reason := REJECTIONS.get(error.reason, DRAINING if draining else ""):
             self.metrics.rejected(reason)
 
     def recorded(self, record: Record | None = None) -> Recorded:

@@ -193,11 +193,18 @@ def _group_scales(ptr, n, k, width, GROUP: tl.constexpr, K: tl.constexpr):
     So many of TALL rows lie together as belong to DEEP columns: a step's are read in one go.
     """
     tl.static_assert(K <= DEEP, "a step may end beyond the row, but within its padding")
+    tile, piece = place_of_scales(n, k, width, GROUP, K)
+    column = piece + tl.arange(0, K // GROUP)
+    return tl.load(ptr + tile[:, None] + column[None, :])
+
+
+@triton.jit
+def place_of_scales(n, k, width, GROUP: tl.constexpr, K: tl.constexpr):
+    """Where the scales of each row n begin, and how far from there those of step k lie."""
     EACH: tl.constexpr = DEEP // GROUP
     tile = n.to(tl.int64) // TALL * (TALL * scales_of_row(width, GROUP)) + n % TALL * EACH
     piece = k // DEEP * (TALL * EACH) + (k // K - k // DEEP * (DEEP // K)) * (K // GROUP)
-    column = piece + tl.arange(0, K // GROUP)
-    return tl.load(ptr + tile[:, None] + column[None, :])
+    return tile, piece
 
 
 @triton.jit

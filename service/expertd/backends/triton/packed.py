@@ -14,7 +14,7 @@ import triton.language as tl
 
 from expertd.backends.triton.decode import decode_words, in_turn
 from expertd.backends.triton.dot import multiply, nothing
-from expertd.backends.triton.loop import DEEP, TALL, _weights, scales_of_row
+from expertd.backends.triton.loop import _weights, place_of_scales
 
 STORED = tl.constexpr({8: tl.uint8, 16: tl.uint16})
 """What holds a scale of so many bits."""
@@ -79,9 +79,7 @@ def _decoded(
 @triton.jit
 def _group_scales(ptr, n, k, width, GROUP: tl.constexpr, K: tl.constexpr):
     """loop._group_scales, read as words of 4 bytes: Triton overlaps nothing smaller."""
-    EACH: tl.constexpr = DEEP // GROUP
-    tile = n.to(tl.int64) // TALL * (TALL * scales_of_row(width, GROUP)) + n % TALL * EACH
-    piece = k // DEEP * (TALL * EACH) + (k // K - k // DEEP * (DEEP // K)) * (K // GROUP)
+    tile, piece = place_of_scales(n, k, width, GROUP, K)
     SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
     EACH_WORD: tl.constexpr = 32 // SIZE
     TAKEN: tl.constexpr = min(EACH_WORD, K // GROUP)
